@@ -1,0 +1,748 @@
+"""Networks of RDTF (arXiv 2503.17735): VAE, text encoder, DFGN with STI layers, noise schedule.
+
+    python model.py                      # parameters of every preset, part by part
+
+Sources: the paper's Fig. 1 and Table 6 (network), Table 7 (masks); latent diffusion / Stable Diffusion (VAE and
+UNet, whose state-dict names the VAE keeps); DDPM (schedule); progressive distillation (v-prediction).
+
+Shapes: a clip is (B, T, C, H, W); inside the networks frames are folded into the batch, (B*T, C, h, w), by `flatten(0, 1)`.
+`loss_mask (B, T)` is 1 where a frame is real. Every layer that mixes frames masks the others out.
+"""
+from dataclasses import asdict, dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange, repeat
+
+
+# ------------------------------------------------------------------------------------------------ configs
+@dataclass
+class VAEConfig:
+    size: int = 64                        # pixels a side that the preset trains at
+    image_channels: int = 4               # premultiplied RGBA in [-1, 1]; 3 for Stable Diffusion's weights
+    patch: int = 2                        # pixels folded into channels before the first convolution; 1: none
+    widths: tuple = (32, 64)              # channels a level; f = patch * 2 ** (levels - 1)
+    layers: int = 1                       # residual blocks a level (the decoder has one more)
+    latent_channels: int = 12
+    groups: int = 16                      # groups of GroupNorm
+    shortcut: bool = True                 # linear path beside encoder and decoder, begun as principal components; SD has none
+    kl_weight: float = 1e-7
+
+    @property
+    def factor(self):
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+
+@dataclass
+class TextConfig:
+    kind: str = "small"                   # small: transformer trained jointly; open_clip: frozen tower, features given
+    width: int = 128                      # width of the token features
+    layers: int = 2
+    vocab: int = 49408                    # open_clip's byte-pair vocabulary
+    length: int = 77
+
+
+@dataclass
+class DFGNConfig:
+    channels: int = 12                    # latent channels; the input has twice as many (noisy + known)
+    patch: int = 4                        # latent cells folded into channels before the stem; 1: none
+    widths: tuple = (128, 256)            # channels a level
+    layers: int = 1                       # layers a level on the way down (one more on the way up)
+    head_dim: int = 32                    # width of an attention head
+    stem_heads: int = 2                   # heads of the temporal transformer after the stem
+    ff_mult: int = 2                      # expansion of the GEGLU feed-forward
+    text_width: int = 128
+    groups: int = 16                      # groups of GroupNorm
+    sti_heads: int = 2                    # heads of the semantic branch
+    sti_head_dim: int = 32
+    temporal: str = "sti"                 # sti: the paper's layer; conv3d: its ablation DFGN(3D-Conv)
+    known_fill: str = "nearest"           # what unknown frames see: zeros, or the nearest given frame
+    relative: bool = True                 # diffuse the difference to the nearest given frame
+    pool_text: bool = True                # add the mean text feature to the time embedding
+    gate: bool = True                     # two outputs: a gate on the linear estimate of z0 from z_t, and what to add (v only)
+
+
+@dataclass
+class DiffusionConfig:
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.0120
+    schedule: str = "linear"              # linear (paper), scaled_linear
+    prediction: str = "v"                 # eps (paper), v
+    shared_noise: float = 0.0             # share of the noise's variance that all frames of a clip have in common
+    max_weight: float = 5.0               # v only: largest weight of z0's squared error (low noise); 0: as it comes
+
+
+@dataclass
+class Config:
+    name: str = "mini"
+    frames: int = 8                       # T
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    dfgn: DFGNConfig = field(default_factory=DFGNConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    @staticmethod
+    def from_dict(d):
+        parts = {"vae": VAEConfig, "text": TextConfig, "dfgn": DFGNConfig, "diffusion": DiffusionConfig}
+        tup = lambda part: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
+        return Config(**{k: parts[k](**tup(v)) if k in parts else v for k, v in d.items()})
+
+    to_dict = asdict
+
+
+# ------------------------------------------------------------------------------------------------ small parts
+def zero_(module):
+    """Zero a layer's parameters: the residual branch it ends starts as nothing."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+def attend(q, k, v, mask=None):
+    """Attention of q (N, heads, Lq, d) over k, v (N, heads, Lk, d); mask (N, Lk) bool, True = may be seen.
+
+    Short sequences on a CPU go through an explicit softmax (about 1.4 times faster in training there)."""
+    if mask is not None:
+        mask = mask[:, None, None, :]
+    if q.device.type == "cpu" and k.shape[2] <= 256:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Multi-head attention; `context` None means self-attention."""
+
+    def __init__(self, width, heads, head_dim, context_width=None):
+        super().__init__()
+        inner = heads * head_dim
+        self.heads = heads
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(context_width or width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width)
+
+    def forward(self, x, context=None, mask=None):
+        """x (N, L, width), context (N, Lk, context_width), mask (N, Lk) -> (N, L, width)."""
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, d)
+        k, v = self.to_kv(x if context is None else context).chunk(2, dim=-1)
+        out = attend(split(self.to_q(x)), split(k), split(v), mask)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, width, mult):
+        super().__init__()
+        self.up = nn.Linear(width, 2 * mult * width)
+        self.down = nn.Linear(mult * width, width)
+
+    def forward(self, x):
+        value, gate = self.up(x).chunk(2, dim=-1)
+        return self.down(value * F.gelu(gate))
+
+
+def sinusoid(positions, width):
+    """Sines and cosines of positions (N,) -> (N, width), as in DDPM."""
+    half = width // 2
+    freqs = torch.exp(torch.arange(half, device=positions.device) * (-9.210340371976184 / half))  # ln 10,000
+    args = positions.float()[:, None] * freqs
+    return F.pad(torch.cat([args.cos(), args.sin()], dim=-1), (0, width % 2))
+
+
+def fill_nearest(z, cond_mask):
+    """Every frame replaced by the nearest given one (the earlier of two); zeros where none is given.
+
+    z (B, T, C, h, w), cond_mask (B, T) -> (B, T, C, h, w)."""
+    frames = torch.arange(z.shape[1], device=z.device)
+    distance = (frames[:, None] - frames).abs() + (1 - cond_mask)[:, None, :] * 2 * z.shape[1]  # (B, T, T)
+    index = distance.argmin(-1)
+    filled = z.gather(1, index[:, :, None, None, None].expand_as(z))
+    return filled * cond_mask.amax(1)[:, None, None, None, None]
+
+
+# ------------------------------------------------------------------------------------------------ VAE
+class VAEResnet(nn.Module):
+    def __init__(self, cin, cout, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        if cin != cout:
+            self.conv_shortcut = nn.Conv2d(cin, cout, 1)
+
+    def forward(self, x):
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+
+
+class VAEAttention(nn.Module):
+    """One head over all cells of an image."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, h*w, C)
+        q, k, v = (f(tokens)[:, None] for f in (self.to_q, self.to_k, self.to_v))
+        out = self.to_out[0](attend(q, k, v)[:, 0])
+        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class VAEMid(nn.Module):
+    def __init__(self, width, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList(VAEResnet(width, width, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([VAEAttention(width, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Sampler(nn.Module):
+    """Stride-2 convolution down (padded right and below alone, as latent diffusion does), or nearest and convolution up."""
+
+    def __init__(self, width, up):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class VAELevel(nn.Module):
+    """Residual blocks, then a sampler; named as in Stable Diffusion's weights."""
+
+    def __init__(self, cin, cout, layers, groups, sampler=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(VAEResnet(cin if i == 0 else cout, cout, groups) for i in range(layers))
+        if sampler:
+            setattr(self, sampler, nn.ModuleList([Sampler(cout, up=sampler == "upsamplers")]))
+        self.sampler = sampler
+
+    def forward(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        return getattr(self, self.sampler)[0](x) if self.sampler else x
+
+
+class Encoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        w, last = c.widths, len(c.widths) - 1
+        self.conv_in = nn.Conv2d(c.image_channels * c.patch ** 2, w[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            VAELevel(w[max(i - 1, 0)], w[i], c.layers, c.groups, "downsamplers" if i < last else None) for i in range(len(w)))
+        self.mid_block = VAEMid(w[-1], c.groups)
+        self.conv_norm_out = nn.GroupNorm(c.groups, w[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(w[-1], 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        w = c.widths[::-1]
+        self.conv_in = nn.Conv2d(c.latent_channels, w[0], 3, padding=1)
+        self.mid_block = VAEMid(w[0], c.groups)
+        self.up_blocks = nn.ModuleList(
+            VAELevel(w[max(i - 1, 0)], w[i], c.layers + 1, c.groups, "upsamplers" if i < len(w) - 1 else None) for i in range(len(w)))
+        self.conv_norm_out = nn.GroupNorm(c.groups, w[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(w[-1], c.image_channels * c.patch ** 2, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """AutoencoderKL of latent diffusion. Images (N, C, H, W) in [-1, 1]; latents (N, c, H/f, W/f).
+
+    `latent_mean` and `latent_std` (c,) standardise latents; train.py measures them when the training ends. The deviation is one
+    number for all channels, as Stable Diffusion's scaling factor is (its weights: mean 0, std 1 / 0.18215), so that channels
+    keep the weight that they have in pixels."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+        if config.shortcut:
+            c, f = config, config.factor
+            self.shortcut_in = nn.Conv2d(c.image_channels, c.latent_channels, f, stride=f)
+            self.shortcut_out = nn.ConvTranspose2d(c.latent_channels, c.image_channels, f, stride=f)
+            zero_(self.quant_conv), zero_(self.decoder.conv_out)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    def moments(self, x):
+        """Images (N, C, H, W) -> mean and log-variance, each (N, c, h, w), not standardised."""
+        mean, logvar = self.quant_conv(self.encoder(F.pixel_unshuffle(x, self.config.patch))).chunk(2, dim=1)
+        if self.config.shortcut:
+            mean, logvar = mean + self.shortcut_in(x), logvar - 8  # starts near-deterministic: sd 0.02
+        return mean, logvar.clamp(-30, 20)
+
+    def reconstruct(self, z):
+        """Latents as `moments` gives them -> images."""
+        x = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
+        return x + self.shortcut_out(z) if self.config.shortcut else x
+
+    @torch.no_grad()
+    def start_shortcut(self, x):
+        """Set the linear path to the principal components of the f x f patches of images x (N, C, H, W)."""
+        c, f = self.config.latent_channels, self.config.factor
+        patches = F.unfold(x, f, stride=f).transpose(1, 2).flatten(0, 1)  # (N*h*w, C*f*f)
+        mean = patches.mean(0)
+        _, scale, axes = torch.linalg.svd(patches - mean, full_matrices=False)
+        axes, scale = axes[:c].view(c, -1, f, f), scale[:c].square().mean().sqrt() / len(patches) ** 0.5
+        self.shortcut_in.weight.copy_(axes / scale), self.shortcut_out.weight.copy_(axes * scale)
+        self.shortcut_in.bias.copy_(-(axes / scale * mean.view_as(axes[0])).sum((1, 2, 3)))
+        self.shortcut_out.bias.copy_(mean.view_as(axes[0]).mean((1, 2)))
+
+    def encode(self, x):
+        """Images (N, C, H, W) -> standardised mean latents (N, c, h, w)."""
+        return (self.moments(x)[0] - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+
+    def decode(self, z):
+        """Standardised latents (N, c, h, w) -> images (N, C, H, W), not clamped."""
+        return self.reconstruct(z * self.latent_std[:, None, None] + self.latent_mean[:, None, None])
+
+    def forward(self, x, noise):
+        """One training pass: reconstruction (N, C, H, W), mean and log-variance. noise like the latents."""
+        mean, logvar = self.moments(x)
+        return self.reconstruct(mean + torch.exp(0.5 * logvar) * noise), mean, logvar
+
+
+# ------------------------------------------------------------------------------------------------ text
+class TextEncoder(nn.Module):
+    """Small transformer on open_clip's tokens, trained with the DFGN: for machines without published weights."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.token = nn.Embedding(c.vocab, c.width)
+        self.position = nn.Parameter(torch.randn(c.length, c.width) * 0.02)
+        nn.init.normal_(self.token.weight, std=0.3)  # captions are told apart by their words from the first step
+        self.norms = nn.ModuleList(nn.LayerNorm(c.width) for _ in range(2 * c.layers))
+        self.attns = nn.ModuleList(Attention(c.width, max(c.width // 32, 1), 32) for _ in range(c.layers))
+        self.ffs = nn.ModuleList(GEGLU(c.width, 2) for _ in range(c.layers))
+        self.norm_out = nn.LayerNorm(c.width)
+
+    def forward(self, tokens):
+        """tokens (B, L) int64, 0 = padding -> features (B, L', width) and mask (B, L'), cut to the longest caption."""
+        tokens = tokens[:, : int((tokens != 0).sum(1).max())]
+        mask = tokens != 0
+        x = self.token(tokens) + self.position[: tokens.shape[1]]
+        for i, (attn, ff) in enumerate(zip(self.attns, self.ffs)):
+            x = x + attn(self.norms[2 * i](x), mask=mask)
+            x = x + ff(self.norms[2 * i + 1](x))
+        return self.norm_out(x), mask
+
+
+# ------------------------------------------------------------------------------------------------ DFGN
+class Clip:
+    """What every layer of one forward pass shares: the sizes, the mask of real frames, time and text."""
+
+    def __init__(self, loss_mask, time, context, context_mask):
+        self.frames = loss_mask.shape[1]
+        self.real = loss_mask.bool()                              # (B, T)
+        self.scale = loss_mask.flatten()[:, None, None, None]     # (B*T, 1, 1, 1), multiplies padded frames by 0
+        self.time = time                                          # (B, time width), after SiLU
+        self.context, self.context_mask = context, context_mask   # (B, L, D), (B, L) or None
+
+
+class Resnet(nn.Module):
+    def __init__(self, cin, cout, time_width, groups):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(groups, cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.time = nn.Linear(time_width, cout)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x, clip):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = h + self.time(clip.time).repeat_interleave(clip.frames, 0)[:, :, None, None]
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class TemporalConv(nn.Module):
+    """GroupNorm, SiLU, then a (3, 1, 1) convolution over the frames of a clip, zero-padded; padded frames count as zeros."""
+
+    def __init__(self, width, groups, depthwise):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width)  # on single frames: no statistics over time
+        self.conv = nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0), groups=width if depthwise else 1)
+        self.depthwise = depthwise
+
+    def forward(self, x, clip):
+        h = rearrange(F.silu(self.norm(x)) * clip.scale, "(b t) c h w -> b t c h w", t=clip.frames)
+        if not self.depthwise:
+            return rearrange(self.conv(h.transpose(1, 2)), "b c t h w -> (b t) c h w")
+        before, here, after = self.conv.weight.view(1, -1, 1, 1, 3).unbind(-1)  # three scaled shifts: much faster on a CPU
+        out = h * here + F.pad(h[:, :-1], (0, 0) * 3 + (1, 0)) * before + F.pad(h[:, 1:], (0, 0) * 3 + (0, 1)) * after
+        return out.flatten(0, 1) + self.conv.bias[:, None, None]
+
+
+class STI(nn.Module):
+    """Spatial-temporal interaction (paper Fig. 1, Table 6): detail and semantic branches, fused by weights of their own."""
+
+    def __init__(self, width, c):
+        super().__init__()
+        self.detail = nn.ModuleList(TemporalConv(width, c.groups, depthwise=True) for _ in range(2))
+        zero_(self.detail[1].conv)
+        self.norm = nn.GroupNorm(c.groups, width)
+        self.attn = Attention(width, c.sti_heads, c.sti_head_dim)
+        zero_(self.attn.to_out)
+        self.fuse = nn.Sequential(nn.Linear(2 * width, 64), nn.SiLU(), nn.Linear(64, 2))
+        self.norm_out = nn.GroupNorm(c.groups, width)
+
+    def semantic(self, x, clip):
+        pool = (2 if x.shape[2] > 1 else 1, 2 if x.shape[3] > 1 else 1)
+        small = F.avg_pool2d(self.norm(x), pool, ceil_mode=True)
+        tokens = rearrange(small, "(b t) c h w -> b (t h w) c", t=clip.frames)
+        seen = clip.real.repeat_interleave(small.shape[2] * small.shape[3], 1)  # (B, T*h*w)
+        out = rearrange(self.attn(tokens, mask=seen), "b (t h w) c -> (b t) c h w", t=clip.frames, h=small.shape[2])
+        return x + F.interpolate(out, size=x.shape[2:])
+
+    def pooled(self, x, clip):
+        per_frame = (x.mean((2, 3)) * clip.scale[:, :, 0, 0]).unflatten(0, (-1, clip.frames))  # (B, T, C)
+        return per_frame.sum(1) / clip.real.sum(1, keepdim=True)
+
+    def forward(self, x, clip):
+        """x (B*T, C, h, w) -> the same shape."""
+        detail = x + self.detail[1](self.detail[0](x, clip), clip)
+        semantic = self.semantic(x, clip)
+        weights = self.fuse(torch.cat([self.pooled(detail, clip), self.pooled(semantic, clip)], 1)).softmax(-1)  # (B, 2)
+        a, b = weights.repeat_interleave(clip.frames, 0)[:, :, None, None, None].unbind(1)
+        return self.norm_out(a * detail + b * semantic)
+
+
+class Conv3D(nn.Module):
+    """The ablation DFGN(3D-Conv): two full (3, 1, 1) convolutions and nothing else."""
+
+    def __init__(self, width, c):
+        super().__init__()
+        self.convs = nn.ModuleList(TemporalConv(width, c.groups, depthwise=False) for _ in range(2))
+        zero_(self.convs[1].conv)
+
+    def forward(self, x, clip):
+        return x + self.convs[1](self.convs[0](x, clip), clip)
+
+
+class SpatialTransformer(nn.Module):
+    """Self-attention in a frame, cross-attention to the text, GEGLU."""
+
+    def __init__(self, width, c):
+        super().__init__()
+        heads = width // c.head_dim
+        self.norm_in, self.proj_in = nn.GroupNorm(c.groups, width), nn.Linear(width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.attn = Attention(width, heads, c.head_dim)
+        self.cross = Attention(width, heads, c.head_dim, c.text_width)
+        self.ff = GEGLU(width, c.ff_mult)
+        self.proj_out = zero_(nn.Linear(width, width))
+
+    def forward(self, x, clip):
+        h = self.proj_in(self.norm_in(x).flatten(2).transpose(1, 2))  # (B*T, h*w, C)
+        h = h + self.attn(self.norms[0](h))
+        queries = self.norms[1](h).unflatten(0, (-1, clip.frames)).flatten(1, 2)  # (B, T*h*w, C): one K, V a clip
+        h = h + self.cross(queries, clip.context, clip.context_mask).view_as(h)
+        h = h + self.ff(self.norms[2](h))
+        return x + self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class TemporalTransformer(nn.Module):
+    """Per cell over the frames: two self-attentions and GEGLU; frame numbers enter as sines and cosines."""
+
+    def __init__(self, width, heads, head_dim, c):
+        super().__init__()
+        inner = heads * head_dim
+        self.norm_in, self.proj_in = nn.GroupNorm(c.groups, width), nn.Linear(width, inner)
+        self.norms = nn.ModuleList(nn.LayerNorm(inner) for _ in range(3))
+        self.attns = nn.ModuleList(Attention(inner, heads, head_dim) for _ in range(2))
+        self.ff = GEGLU(inner, c.ff_mult)
+        self.proj_out = zero_(nn.Linear(inner, width))
+
+    def forward(self, x, clip):
+        cells = x.shape[2] * x.shape[3]
+        h = self.proj_in(rearrange(self.norm_in(x), "(b t) c h w -> (b h w) t c", t=clip.frames))
+        h = h + sinusoid(torch.arange(clip.frames, device=x.device), h.shape[-1]).to(h.dtype)
+        seen = clip.real.repeat_interleave(cells, 0)  # (B*h*w, T)
+        for norm, attn in zip(self.norms, self.attns):
+            h = h + attn(norm(h), mask=seen)
+        h = self.proj_out(h + self.ff(self.norms[2](h)))
+        return x + rearrange(h, "(b h w) t c -> (b t) c h w", h=x.shape[2], w=x.shape[3])
+
+
+class Layer(nn.Module):
+    """resnet -> STI -> spatial transformer -> temporal transformer; the lowest level stops after STI."""
+
+    def __init__(self, cin, cout, time_width, c, attend):
+        super().__init__()
+        self.resnet = Resnet(cin, cout, time_width, c.groups)
+        self.sti = {"sti": STI, "conv3d": Conv3D}[c.temporal](cout, c)
+        if attend:
+            self.spatial = SpatialTransformer(cout, c)
+            self.temporal = TemporalTransformer(cout, cout // c.head_dim, c.head_dim, c)
+        self.attend = attend
+
+    def forward(self, x, clip):
+        x = self.sti(self.resnet(x, clip), clip)
+        return self.temporal(self.spatial(x, clip), clip) if self.attend else x
+
+
+class KnownEncoder(nn.Module):
+    """Known frames and their mask -> features as wide as a latent: per-frame convolutions, then attention over time."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.convs = nn.Sequential(nn.Conv2d(channels + 1, 16, 3, padding=1), nn.SiLU(),
+                                   nn.Conv2d(16, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, channels, 3, padding=1))
+        self.widen = nn.Linear(channels, 16)
+        self.attn = Attention(16, 1, 16)
+        self.narrow = zero_(nn.Linear(16, channels))
+
+    def forward(self, known, cond_mask, clip):
+        """known (B, T, c, h, w), cond_mask (B, T) -> (B*T, c, h, w)."""
+        given = cond_mask[:, :, None, None, None].expand(-1, -1, 1, *known.shape[3:])
+        x = self.convs(torch.cat([known, given], 2).flatten(0, 1))
+        cells = x.shape[2] * x.shape[3]
+        h = self.widen(rearrange(x, "(b t) c h w -> (b h w) t c", t=clip.frames))
+        h = h + sinusoid(torch.arange(clip.frames, device=x.device), 16).to(h.dtype)
+        h = self.narrow(self.attn(h, mask=clip.real.repeat_interleave(cells, 0)))
+        return x + rearrange(h, "(b h w) t c -> (b t) c h w", h=x.shape[2], w=x.shape[3])
+
+
+class DFGN(nn.Module):
+    """Discrete Frame Generation Network (paper Fig. 1): a UNet over the latents of a clip.
+
+    forward: z_t (B, T, c, h, w) noisy latents, t (B,) int64, context (B, L, D) text features, known (B, T, c, h, w)
+    latents of the given frames, cond_mask and loss_mask (B, T) -> prediction (B, T, c, h, w), or (B, T, 2c, h, w) with `gate`."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        w, n, folded = c.widths, len(c.widths), c.channels * c.patch ** 2
+        self.time_width = 4 * w[0]
+        self.known = KnownEncoder(c.channels)
+        self.time = nn.Sequential(nn.Linear(w[0], self.time_width), nn.SiLU(), nn.Linear(self.time_width, self.time_width))
+        self.text_pool = nn.Linear(c.text_width, self.time_width) if c.pool_text else None
+        self.stem = nn.Conv2d(2 * folded, w[0], 3, padding=1)
+        self.stem_temporal = TemporalTransformer(w[0], c.stem_heads, c.head_dim, c)
+
+        make = lambda cin, cout, level: Layer(cin, cout, self.time_width, c, attend=level < n - 1)
+        self.down, self.downsamplers = nn.ModuleList(), nn.ModuleList()
+        skips, width = [w[0]], w[0]
+        for level in range(n):
+            self.down.append(nn.ModuleList(make(width if i == 0 else w[level], w[level], level) for i in range(c.layers)))
+            width = w[level]
+            skips += [width] * c.layers
+            if level < n - 1:
+                self.downsamplers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                skips.append(width)
+        self.mid = nn.ModuleList([Layer(width, width, self.time_width, c, attend=True),
+                                  Layer(width, width, self.time_width, c, attend=False)])
+        self.up, self.upsamplers = nn.ModuleList(), nn.ModuleList()
+        for level in reversed(range(n)):
+            layers = []
+            for _ in range(c.layers + 1):
+                layers.append(make(width + skips.pop(), w[level], level))
+                width = w[level]
+            self.up.append(nn.ModuleList(layers))
+            if level > 0:
+                self.upsamplers.append(Sampler(width, up=True))
+        self.norm_out = nn.GroupNorm(c.groups, width)
+        self.conv_out = zero_(nn.Conv2d(width, folded * (1 + c.gate), 3, padding=1))
+
+    def embed_time(self, t, context, context_mask):
+        emb = self.time(sinusoid(t, self.config.widths[0]).to(context.dtype))
+        if self.text_pool is not None:
+            seen = torch.ones_like(context[..., 0]) if context_mask is None else context_mask.to(context.dtype)
+            emb = emb + self.text_pool((context * seen[..., None]).sum(1) / seen.sum(1, keepdim=True))
+        return F.silu(emb)
+
+    def forward(self, z_t, t, context, known, cond_mask, loss_mask, context_mask=None):
+        clip = Clip(loss_mask, self.embed_time(t, context, context_mask), context, context_mask)
+        known = self.known(known, cond_mask, clip)
+        x = torch.cat([z_t.flatten(0, 1), known], 1)  # (B*T, 2c, h, w)
+        x = self.stem_temporal(self.stem(F.pixel_unshuffle(x, self.config.patch)), clip)
+        skips = [x]
+        for level, layers in enumerate(self.down):
+            for layer in layers:
+                x = layer(x, clip)
+                skips.append(x)
+            if level < len(self.downsamplers):
+                x = self.downsamplers[level](x)
+                skips.append(x)
+        for layer in self.mid:
+            x = layer(x, clip)
+        for level, layers in enumerate(self.up):
+            for layer in layers:
+                x = layer(torch.cat([x, skips.pop()], 1), clip)
+            if level < len(self.upsamplers):
+                x = self.upsamplers[level](x)
+        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)
+        return x.unflatten(0, (-1, clip.frames))
+
+
+# ------------------------------------------------------------------------------------------------ diffusion
+class Diffusion(nn.Module):
+    """Noise schedule in float64 (paper Table 6) and the change of variables between eps, v and z0."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        if c.schedule not in ("linear", "scaled_linear") or c.prediction not in ("eps", "v"):
+            raise ValueError(f"schedule {c.schedule!r} or prediction {c.prediction!r} is unknown")
+        power = 1.0 if c.schedule == "linear" else 0.5
+        betas = torch.linspace(c.beta_start ** power, c.beta_end ** power, c.steps, dtype=torch.float64) ** (1 / power)
+        self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
+
+    def coefficients(self, t, dtype=torch.float32):
+        """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at t (B,), each (B, 1, 1, 1, 1)."""
+        a = self.alphas_cumprod[t][:, None, None, None, None]
+        return a.sqrt().to(dtype), (1 - a).sqrt().to(dtype)
+
+    def add_noise(self, z0, noise, t):
+        signal, sigma = self.coefficients(t, z0.dtype)
+        return signal * z0 + sigma * noise
+
+    def target(self, z0, noise, t):
+        signal, sigma = self.coefficients(t, z0.dtype)
+        return noise if self.config.prediction == "eps" else signal * noise - sigma * z0
+
+    def weight(self, t):
+        """Loss weight (B,). A squared error of v is one of z0 times 1 / sigma ** 2; that factor is cut at max_weight (as in min-SNR)."""
+        limit = self.config.max_weight
+        if self.config.prediction == "eps" or limit == 0:
+            return torch.ones_like(t, dtype=torch.float32)
+        return ((1 - self.alphas_cumprod[t]) * limit).clamp(max=1).float()
+
+    def to_eps(self, pred, z_t, t):
+        signal, sigma = self.coefficients(t, z_t.dtype)
+        return pred if self.config.prediction == "eps" else signal * pred + sigma * z_t
+
+    def mix_noise(self, noise, shared):
+        """Noise (B, T, ...) whose frames have `shared_noise` of their variance from shared (B, 1, ...); still N(0, 1)."""
+        a = self.config.shared_noise
+        return noise if a == 0 else (1 - a) ** 0.5 * noise + a ** 0.5 * shared
+
+
+class RDTF(nn.Module):
+    """Text encoder, DFGN and schedule: what train.py trains and sample.py asks for eps.
+
+    With `relative`, the network works on the difference to the nearest given frame, r_t = z_t - sqrt(alphas_cumprod) * base
+    = sqrt(alphas_cumprod) (z0 - base) + sigma * noise: the noise, and so eps, is that of z_t, and samplers need not know.
+
+    With `gate`, z0 is estimated as a gate times the best linear estimate from r_t, plus a correction, both by the network and both
+    in units of the data's deviation, a channel at a time (after Karras et al. 2022). Noise that must be taken out, where nothing
+    moves say, then need not pass through the network, whose channels are fewer than the noise's numbers. `data_std` (2, c)
+    are the deviations of z0 and of its difference to the nearest given frame; train.py measures them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.text = TextEncoder(config.text) if config.text.kind == "small" else None
+        self.dfgn = DFGN(config.dfgn)
+        self.diffusion = Diffusion(config.diffusion)
+        if config.dfgn.gate and config.diffusion.prediction != "v":
+            raise ValueError("dfgn.gate needs diffusion.prediction=v")
+        if config.dfgn.known_fill not in ("zeros", "nearest") or config.text.kind not in ("small", "open_clip"):
+            raise ValueError(f"known_fill {config.dfgn.known_fill!r} or text kind {config.text.kind!r} is unknown")
+        self.register_buffer("data_std", torch.ones(2, config.dfgn.channels))
+
+    def encode_text(self, tokens):
+        """tokens (B, L) -> features (B, L', D), mask (B, L'). Features of a frozen tower pass as they are, mask None."""
+        return self.text(tokens) if self.text is not None else (tokens, None)
+
+    def bases(self, z, cond_mask):
+        """What the network is told of the given frames (known), and what it is asked the difference to (base)."""
+        given = z * cond_mask[:, :, None, None, None]
+        nearest = fill_nearest(given, cond_mask)
+        base = nearest if self.config.dfgn.relative else torch.zeros_like(z)
+        return (nearest if self.config.dfgn.known_fill == "nearest" else given), base
+
+    def predict(self, r_t, t, context, context_mask, known, cond_mask, loss_mask):
+        """eps or v of r_t (B, T, c, h, w), float32."""
+        net = lambda x: self.dfgn(x, t, context, known, cond_mask, loss_mask, context_mask).float()
+        if not self.config.dfgn.gate:
+            return net(r_t)
+        signal, sigma = self.diffusion.coefficients(t, r_t.dtype)
+        relative = (cond_mask.amax(1) * self.config.dfgn.relative).long()
+        std = self.data_std[relative][:, None, :, None, None]  # (B, 1, c, 1, 1)
+        scale = (signal ** 2 * std ** 2 + sigma ** 2).sqrt()    # deviation of r_t
+        value, gate = net(r_t / scale).chunk(2, dim=2)
+        z0 = 2 * gate.sigmoid() * (signal * std ** 2 / scale ** 2) * r_t + std * value
+        return (signal * r_t - z0) / sigma
+
+    def eps(self, z_t, t, context, context_mask, z_known, cond_mask, loss_mask):
+        """Predicted noise (B, T, c, h, w) at z_t; z_known holds the given frames' latents where cond_mask is 1."""
+        cond_mask = cond_mask * loss_mask  # padding is never given
+        known, base = self.bases(z_known, cond_mask)
+        r_t = z_t - self.diffusion.coefficients(t, z_t.dtype)[0] * base
+        return self.diffusion.to_eps(self.predict(r_t, t, context, context_mask, known, cond_mask, loss_mask), r_t, t)
+
+    def forward(self, z0, tokens, t, noise, cond_mask, loss_mask):
+        """Loss of each clip (B,): the weighted squared error, mean over its real frames alone, whatever T is."""
+        cond_mask = cond_mask * loss_mask
+        known, base = self.bases(z0, cond_mask)
+        r_t = self.diffusion.add_noise(z0 - base, noise, t)
+        pred = self.predict(r_t, t, *self.encode_text(tokens), known, cond_mask, loss_mask)
+        error = ((pred - self.diffusion.target(z0 - base, noise, t)) ** 2).mean((2, 3, 4))  # (B, T)
+        return self.diffusion.weight(t) * (error * loss_mask).sum(1) / loss_mask.sum(1)
+
+
+# ------------------------------------------------------------------------------------------------ presets
+PRESETS = {
+    "tiny": Config(  # tests: seconds
+        name="tiny", vae=VAEConfig(size=16, patch=1, widths=(8, 16, 16), latent_channels=4, groups=4),
+        text=TextConfig(width=16, layers=1),
+        dfgn=DFGNConfig(channels=4, patch=2, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_heads=2, sti_head_dim=8)),
+    "mini": Config(),  # 2 CPU cores, 64 px
+    "paper": Config(  # Table 6: 0.960 B parameters, 256 px, the VAE of Stable Diffusion
+        name="paper",
+        vae=VAEConfig(size=256, image_channels=3, patch=1, widths=(128, 256, 512, 512), latent_channels=4, layers=2, groups=32, shortcut=False, kl_weight=1e-6),
+        text=TextConfig(kind="open_clip", width=1024, layers=24),
+        dfgn=DFGNConfig(channels=4, patch=1, widths=(320, 640, 1024, 1280), layers=2, head_dim=64, stem_heads=8, ff_mult=4, text_width=1024, groups=32,
+                        sti_heads=8, sti_head_dim=32, known_fill="zeros", relative=False, pool_text=False, gate=False),
+        diffusion=DiffusionConfig(prediction="eps", max_weight=0.0)),
+}
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def breakdown(model):
+    """Parameters of an RDTF by part: {part: count}."""
+    kinds = {"resnets": Resnet, "STI": (STI, Conv3D), "spatial attention": SpatialTransformer, "temporal attention": TemporalTransformer}
+    parts = {name: sum(count(m) for m in model.dfgn.modules() if isinstance(m, kind)) for name, kind in kinds.items()}
+    parts["samplers"] = count(model.dfgn.downsamplers) + count(model.dfgn.upsamplers)
+    parts["the rest"] = count(model.dfgn) - sum(parts.values())
+    return parts
+
+
+def main():
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            model, vae = RDTF(config), VAE(config.vae)
+        print(f"{name}: DFGN {count(model.dfgn) / 1e6:.1f} M, text {count(model) / 1e6 - count(model.dfgn) / 1e6:.1f} M, VAE {count(vae) / 1e6:.2f} M")
+        print("   " + ", ".join(f"{part} {n / 1e6:.2f} M" for part, n in breakdown(model).items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,516 @@
+"""train.py: a resumed run, two ranks and loader processes change no number; bad input stops in one line."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from conftest import run_train
+from data import TASKS, UserError
+from model import PRESETS, RDTF, VAE, Config
+from train import TrainConfig, load_model, resolve_config
+
+SCRIPT = Path(train.__file__)
+
+
+def options(argv, **changes):
+    """argv with --name value pairs put behind, which win."""
+    return [*argv, *(str(x) for k, v in changes.items() for x in ("--" + k.replace("_", "-"), v))]
+
+
+def state_of(run):
+    return torch.load(Path(run) / "state.pt", weights_only=True)
+
+
+def log_of(run, free=("clips_per_s", "peak_mb")):
+    return [{k: v for k, v in json.loads(line).items() if k not in free} for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(a, b, where="state"):
+    """Equal to the last bit, all the way down."""
+    if torch.is_tensor(a):
+        assert a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+def copy_run(source, folder):
+    return Path(shutil.copytree(source, folder / "run"))
+
+
+def stop_at(monkeypatch, step):
+    """SIGTERM comes while that step is computed."""
+    plain = train.learning_rate
+
+    def hooked(config, now):
+        if now == step:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(config, now)
+    monkeypatch.setattr(train, "learning_rate", hooked)
+
+
+# ---- what a run leaves
+
+def test_a_run_folder(tiny_dfgn, tiny_vae):
+    assert {p.name for p in tiny_dfgn.iterdir()} == {"config.json", "log.jsonl", "state.pt", "state.prev.pt", "model.safetensors"}
+    config = json.loads((tiny_dfgn / "config.json").read_text())
+    assert config["train"]["steps"] == 7 and Config.from_dict(config["model"]) == PRESETS["tiny"]
+    state = state_of(tiny_dfgn)
+    assert state["step"] == 7 and torch.load(tiny_dfgn / "state.prev.pt", weights_only=True)["step"] == 4
+    assert {"net", "ema", "optimizer", "curriculum", "window"} <= set(state)
+    assert len(state["optimizer"]["state"]) == len(list(RDTF(PRESETS["tiny"]).parameters()))
+
+
+def test_log_lines(tiny_dfgn, tiny_vae):
+    lines = [json.loads(line) for line in (tiny_dfgn / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6, 7]
+    for line in lines:
+        assert set(line) == {"step", "loss", "grad_norm", "lr", "entropy", "r", "tasks", "deciles", "clips_per_s", "peak_mb"}
+        assert set(line["tasks"]) <= set(TASKS) and set(line["deciles"]) <= set("0123456789") and line["tasks"] and line["deciles"]
+        assert line["loss"] > 0 and line["grad_norm"] > 0 and 0.3 < line["entropy"] < 1 and line["clips_per_s"] > 0 and line["peak_mb"] > 50
+        assert min(line["tasks"].values()) <= line["loss"] + 1e-4 and max(line["tasks"].values()) >= line["loss"] - 1e-4
+    vae = [json.loads(line) for line in (tiny_vae / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in vae] == [2, 4] and {"loss", "grad_norm", "lr", "clips_per_s", "peak_mb"} <= set(vae[0])
+
+
+def test_the_model_file_holds_averaged_weights_and_its_configuration(tiny_dfgn, tiny_vae):
+    net, meta = load_model(tiny_dfgn / "model.safetensors", "dfgn")
+    assert net.config == PRESETS["tiny"] and not net.training and not any(p.requires_grad for p in net.parameters())
+    state = state_of(tiny_dfgn)
+    assert_same(dict(net.state_dict()), {k: v for k, v in state["ema"].items()})
+    assert not torch.equal(state["ema"]["dfgn.conv_out.weight"], state["net"]["dfgn.conv_out.weight"])
+    assert meta["kind"] == "dfgn" and meta["step"] == 7 and meta["vae"] == train.file_hash(tiny_vae / "model.safetensors")
+    assert Path(meta["vae_file"]) == tiny_vae / "model.safetensors"
+
+
+def test_the_vaes_latents_are_standardised(tiny_vae, stickers16):
+    vae, meta = load_model(tiny_vae / "model.safetensors", "vae")
+    stickers = data.StickerSet(stickers16, "train")
+    mean, square = 0, 0
+    for record in stickers.records:                                    # every sticker weighs the same, a still as much as a clip
+        z = vae.encode(data.to_tensor(stickers.clip(record, range(record["n"])))).double()
+        mean, square = mean + z.mean((0, 2, 3)) / len(stickers), square + (z ** 2).mean((0, 2, 3)) / len(stickers)
+    assert mean.abs().max() < 0.15 and square.mean().item() == pytest.approx(1, abs=0.1)
+    assert 5 < meta["psnr"] < 60 and meta["kind"] == "vae"
+
+
+def test_a_finished_run_is_left_alone(tiny_dfgn, dfgn_argv, capsys):
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in tiny_dfgn.iterdir()}
+    run_train(*options(dfgn_argv, steps=7, out=tiny_dfgn, save_every=4))
+    assert "nothing to do" in capsys.readouterr().out
+    assert {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in tiny_dfgn.iterdir()} == before
+
+
+def test_averaged_weights_after_one_step(dfgn_argv, tmp_path, monkeypatch):
+    start = {}
+
+    def made(config):
+        net = RDTF(config)
+        start.update({k: v.clone() for k, v in net.state_dict().items()})
+        return net
+    monkeypatch.setattr(train, "RDTF", made)
+    run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", log_every=100, warmup=0))
+    state, moved = state_of(tmp_path / "run"), 0
+    for name, w in state["net"].items():
+        if name == "data_std":                                         # measured, not trained
+            continue
+        moved += (w - start[name]).abs().max().item() > 1e-5
+        assert torch.allclose(state["ema"][name], 0.1 * start[name] + 0.9 * w, atol=1e-6), name            # decay (1 + 0) / (10 + 0)
+    assert moved > 1
+
+
+# ---- resuming
+
+@pytest.mark.parametrize("stage, more", [("vae", {}), ("dfgn", {}), ("dfgn", dict(frames="sample", still_share=0, workers=1))])
+def test_resuming_is_bit_exact(stage, more, vae_argv, dfgn_argv, tmp_path, monkeypatch, capsys):
+    argv = options(vae_argv if stage == "vae" else dfgn_argv, steps=10, log_every=4, **more)
+    run_train(*options(argv, out=tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        run_train(*options(argv, out=tmp_path / "parts"))                       # within a log window
+    assert state_of(tmp_path / "parts")["step"] == 6 and "SIGTERM" in capsys.readouterr().out
+    assert load_model(tmp_path / "parts/model.safetensors", stage)[1]["step"] == 6
+    run_train(*options(argv, out=tmp_path / "parts"))
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts") and [line["step"] for line in log_of(tmp_path / "parts")] == [4, 8, 10]
+    assert_same(*(dict(load_model(tmp_path / run / "model.safetensors", stage)[0].state_dict()) for run in ("whole", "parts")))
+
+
+def test_a_process_told_to_stop_saves_and_goes_on_bit_for_bit(dfgn_argv, tmp_path):
+    argv = options(dfgn_argv, steps=16, log_every=1)
+    log = tmp_path / "parts/log.jsonl"
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *map(str, options(argv, out=tmp_path / "parts"))], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not (log.is_file() and log.read_text().count("\n") >= 2):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    stopped = state_of(tmp_path / "parts")["step"]
+    assert 2 <= stopped < 16 and "SIGTERM" in out
+    run_train(*options(argv, out=tmp_path / "parts"))
+    run_train(*options(argv, out=tmp_path / "whole"))
+    assert_same(state_of(tmp_path / "whole"), state_of(tmp_path / "parts"))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(tiny_dfgn, dfgn_argv, tmp_path, capsys):
+    run = copy_run(tiny_dfgn, tmp_path)
+    (run / "state.pt").write_bytes((run / "state.pt").read_bytes()[:5000])
+    (run / "log.jsonl").write_text((run / "log.jsonl").read_text() + '{"step": 9')                       # cut off while written
+    run_train(*options(dfgn_argv, steps=7, out=run, save_every=4))
+    assert f"{run / 'state.pt'}: not readable" in capsys.readouterr().err
+    assert_same(state_of(run), state_of(tiny_dfgn))
+    assert log_of(run) == log_of(tiny_dfgn)
+
+
+def test_nothing_is_written_over_when_no_checkpoint_can_be_read(tiny_dfgn, dfgn_argv, tmp_path):
+    run = copy_run(tiny_dfgn, tmp_path)
+    for name in ("state.pt", "state.prev.pt"):
+        (run / name).write_bytes(b"broken")
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    with pytest.raises(UserError, match="state.p"):
+        run_train(*options(dfgn_argv, steps=7, out=run, save_every=4))
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_a_crash_between_checkpoint_and_model_loses_no_model(dfgn_argv, tmp_path, monkeypatch):
+    argv = options(dfgn_argv, steps=2, out=tmp_path / "run")
+
+    def crash(*_, **__):
+        raise RuntimeError("pulled the plug")
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(train, "save_model", crash)
+        run_train(*argv)
+    run_train(*argv)
+    assert load_model(tmp_path / "run/model.safetensors", "dfgn")[1]["step"] == 2
+
+
+def test_a_full_disk_spoils_no_checkpoint(tmp_path):
+    (tmp_path / "file").write_text("old")
+
+    def half(path):
+        path.write_text("ne")
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError):
+        train.write_atomically(tmp_path / "file", half)
+    assert (tmp_path / "file").read_text() == "old"
+
+
+# ---- ranks and workers
+
+DRIVER = """
+import functools, json, sys
+sys.path.insert(0, sys.argv[1])
+import torch, train
+torch.set_num_threads(1)
+train.round = lambda x, digits=0: x                     # the log with all its digits
+train.setup = functools.cache(train.setup)              # one process group for both stages
+train.dist.destroy_process_group = lambda: None
+for argv in json.loads(sys.argv[2]):
+    train.main(argv)
+"""
+
+
+def test_two_ranks_see_what_one_sees(vae_argv, dfgn_argv, tmp_path, monkeypatch):
+    jobs = {"vae": options(vae_argv, steps=20, log_every=1, precision="float32"),
+            "dfgn": options(dfgn_argv, steps=20, log_every=1, precision="float32", ema=0.5)}
+    (tmp_path / "driver.py").write_text(DRIVER)
+    argvs = [[str(a) for a in options(argv, out=tmp_path / f"{stage}-2")] for stage, argv in jobs.items()]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "driver.py", str(SCRIPT.parent), json.dumps(argvs)]
+    launcher = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        error = launcher.communicate(timeout=600)[1]
+    except subprocess.TimeoutExpired:
+        launcher.terminate()                                           # takes its ranks along; kill() would leave them
+        error = launcher.communicate()[1]
+    assert launcher.returncode == 0, error[-3000:]
+    monkeypatch.setattr(train, "round", lambda x, digits=0: x, raising=False)
+    for stage, argv in jobs.items():
+        run_train(*options(argv, out=tmp_path / f"{stage}-1"))
+        one, two = (log_of(tmp_path / f"{stage}-{n}") for n in (1, 2))
+        assert [line["step"] for line in two] == list(range(1, 21))
+        assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6) and two[0]["grad_norm"] == pytest.approx(one[0]["grad_norm"], rel=1e-4)
+        assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+        assert [sorted(line.get("tasks", {})) for line in two] == [sorted(line.get("tasks", {})) for line in one]
+        a, b = (load_model(tmp_path / f"{stage}-{n}" / "model.safetensors", stage)[0].state_dict() for n in (1, 2))
+        assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
+
+
+def test_loader_processes_change_nothing(dfgn_argv, tmp_path):
+    for workers in (0, 2):
+        run_train(*options(dfgn_argv, steps=6, out=tmp_path / str(workers), workers=workers, log_every=1))
+    assert log_of(tmp_path / "0") == log_of(tmp_path / "2")
+    assert_same(state_of(tmp_path / "0")["net"], state_of(tmp_path / "2")["net"])
+
+
+def test_seeds_differ(dfgn_argv, tmp_path):
+    for seed in (0, 1):
+        run_train(*options(dfgn_argv, steps=1, out=tmp_path / str(seed), seed=seed, log_every=1))
+    assert log_of(tmp_path / "0") != log_of(tmp_path / "1")
+
+
+# ---- draws
+
+def draws(count=4000, p=np.full(6, 1 / 6), real=8, T=8, config=TrainConfig()):
+    return [train.draw_condition(config, p, 3, n, real, T, 1000) for n in range(count)]
+
+
+def test_shares_of_dropped_conditions():
+    tasks, masks, text, t = (np.array(x) for x in zip(*draws()))
+    given, i2v, t2v = masks.any(1), tasks == TASKS.index("i2v"), tasks == TASKS.index("t2v")
+    assert not text[i2v].any() and not given[t2v].any()
+    free = ~i2v & ~t2v
+    assert np.mean(~text[free] & given[free]) == pytest.approx(0.10, abs=0.02)
+    assert np.mean(text[free] & ~given[free]) == pytest.approx(0.10, abs=0.02)
+    assert np.mean(~text[free] & ~given[free]) == pytest.approx(0.05, abs=0.015)
+    assert np.mean(~text[t2v]) == pytest.approx(0.15, abs=0.04) and np.mean(~given[i2v]) == pytest.approx(0.15, abs=0.04)
+    assert masks.shape == (4000, 8) and masks.dtype == np.float32 and masks.sum(1).max() < 8
+    assert t.min() < 10 and t.max() > 989 and t.max() <= 999 and t.mean() == pytest.approx(500, abs=20)
+
+
+def test_tasks_are_drawn_by_their_probabilities():
+    p = np.array([0.4, 0.05, 0.25, 0.0, 0.2, 0.1])
+    assert np.bincount([d[0] for d in draws(p=p)], minlength=6) / 4000 == pytest.approx(p, abs=0.03)
+    assert {d[0] for d in draws(200, p, real=1)} == {0}
+
+
+def test_padded_frames_are_never_given():
+    assert not np.array([d[1] for d in draws(500, real=3)])[:, 3:].any()
+
+
+def test_draws_repeat_and_differ():
+    a, b = draws(50), draws(50)
+    assert all(x[0] == y[0] and (x[1] == y[1]).all() and x[2:] == y[2:] for x, y in zip(a, b))
+    other = draws(50, config=TrainConfig(seed=1))
+    assert len({x[3] for x in a}) > 40 and [x[3] for x in a] != [x[3] for x in other]
+
+
+def test_frames_of_a_step():
+    plans = [train.step_frames(TrainConfig(), s, 8) for s in range(2000)]
+    assert np.mean([plan == (1, 8) for plan in plans]) == pytest.approx(0.3, abs=0.03)
+    assert {plan for plan in plans} == {(1, 8)} | {(k, 1) for k in range(3, 9)}
+    assert {train.step_frames(TrainConfig(frames="sample", still_share=0), s, 8) for s in range(50)} == {(8, 1)}
+
+
+def test_learning_rate():
+    cosine, constant = (TrainConfig(steps=100, warmup=10, lr=2.0, lr_schedule=s) for s in ("cosine", "constant"))
+    assert [train.learning_rate(constant, s) for s in (0, 4, 9, 50, 99)] == pytest.approx([0.2, 1, 2, 2, 2])
+    assert train.learning_rate(cosine, 50) == pytest.approx(1) and train.learning_rate(cosine, 99) < 0.001
+    assert train.learning_rate(cosine, 4) < 1 and train.learning_rate(TrainConfig(warmup=0, lr_schedule="constant"), 0) == TrainConfig().lr
+
+
+# ---- the VAE's loss and statistics
+
+def test_composing_on_a_colour():
+    x = torch.tensor([[1.0, -1, -1, 1], [-1, -1, -1, -1], [0, -1, -1, 0]]).view(3, 4, 1, 1)              # red, nothing, half-transparent red
+    background = torch.tensor([[0.5, 0.5, 0.5], [0.2, -0.4, 1], [1, 1, 1]])
+    assert train.compose(x, background).flatten(1).tolist() == pytest.approx(np.array([[1, -1, -1], [0.2, -0.4, 1], [1, 0, 0]]))
+
+
+def test_the_vaes_loss_by_hand():
+    config, x = PRESETS["tiny"].vae, torch.zeros(2, 4, 4, 4)
+    mean, logvar = torch.full((2, 4, 1, 1), 2.0), torch.zeros(2, 4, 1, 1)
+    y = x.clone()
+    y[1, 3] = 0.5                                                      # alpha alone is wrong, by 0.5
+    loss = train.vae_losses(lambda *_: (y, mean, logvar), x, torch.zeros(2, 3), None, config)
+    kl = config.kl_weight * 0.5 * 4 * 4
+    colour = 0.25                                                      # (1 - alpha) * (0 + 1) changes by 0.25
+    assert loss.tolist() == pytest.approx([kl, colour ** 2 + 0.1 * colour + 0.1 * 0.5 + kl], rel=1e-5)
+
+
+def test_a_vae_of_opaque_images(stickers16, tmp_path):
+    """Three channels, as Stable Diffusion's: every function that meets a prepared set's RGBA must take it."""
+    vae = VAE(resolve_config("tiny", ["vae.image_channels=3"]).vae)
+    stickers = data.StickerSet(stickers16, "train")
+    x = torch.zeros(2, 3, 16, 16)
+    assert train.vae_losses(vae, x, torch.zeros(2, 3), torch.zeros(2, vae.config.latent_channels, 4, 4), vae.config).shape == (2,)
+    train.measure_latents(vae, stickers, 0, 64)
+    assert np.isfinite(train.vae_psnr(vae, stickers, 8)).all()
+    copy = Path(shutil.copytree(stickers16, tmp_path / "set", ignore=shutil.ignore_patterns("latents-*")))
+    train.cache_latents(vae, "e" * 64, copy, torch.device("cpu"))
+    assert data.latents_ready(copy, "e" * 64)
+
+
+# ---- the latent cache
+
+def other_vae(tiny_vae, path):
+    """The same VAE with weights that differ a little."""
+    net, meta = load_model(tiny_vae / "model.safetensors", "vae")
+    weights = {k: v * 1.5 if k == "shortcut_in.weight" else v for k, v in net.state_dict().items()}
+    train.save_model(path, weights, **meta)
+    return path
+
+
+def test_latents_are_made_once_by_each_vae(tiny_dfgn, dfgn_argv, tiny_vae, stickers16, tmp_path, monkeypatch):
+    first = data.latents_folder(stickers16, train.file_hash(tiny_vae / "model.safetensors"))
+    made = []
+    plain = train.cache_latents
+    monkeypatch.setattr(train, "cache_latents", lambda *a, **k: made.append(a[1]) or plain(*a, **k))
+    run_train(*options(dfgn_argv, steps=1, out=tmp_path / "a"))
+    assert made == [] and first.is_dir()
+    vae = other_vae(tiny_vae, tmp_path / "other.safetensors")
+    run_train(*options(dfgn_argv, steps=1, out=tmp_path / "b", vae=vae))
+    run_train(*options(dfgn_argv, steps=1, out=tmp_path / "c", vae=vae))
+    second = data.latents_folder(stickers16, train.file_hash(vae))
+    assert made == [train.file_hash(vae)] and second.is_dir() and second != first
+    assert not np.array_equal(*(np.array(data.open_latents(stickers16, train.file_hash(v))[0]) for v in (vae, tiny_vae / "model.safetensors")))
+
+
+def test_cached_latents_are_the_vaes(tiny_dfgn, tiny_vae, stickers16):
+    vae, _ = load_model(tiny_vae / "model.safetensors", "vae")
+    mean, logvar = data.open_latents(stickers16, train.file_hash(tiny_vae / "model.safetensors"))
+    stickers = data.StickerSet(stickers16)
+    want = vae.moments(data.to_tensor(np.array(stickers.frames[70:75])))
+    assert np.allclose(mean[70:75], want[0], atol=2e-2, rtol=2e-3) and np.allclose(logvar[70:75], want[1], atol=2e-2, rtol=2e-3)
+
+
+# ---- what is refused
+
+@pytest.mark.parametrize("change, said", [
+    (dict(lr=0.5), "--lr 0.5.*0.001"), (dict(steps=9), "--steps 9.*7"), (dict(seed=3), "--seed 3.*0"), (dict(weight_decay=0.5), "--weight-decay 0.5.*0.01"),
+    (dict(set="dfgn.temporal=conv3d"), "--set .*conv3d"), (dict(preset="mini"), "--preset mini.*tiny"), (dict(stage="vae"), "--stage vae.*dfgn")])
+def test_a_run_is_not_resumed_with_other_options(change, said, tiny_dfgn, dfgn_argv):
+    before = {p.name: p.read_bytes() for p in tiny_dfgn.iterdir()}
+    with pytest.raises(UserError, match=said):
+        run_train(*options(dfgn_argv, **dict(dict(steps=7, out=tiny_dfgn), **change)))
+    assert {p.name: p.read_bytes() for p in tiny_dfgn.iterdir()} == before
+
+
+def test_watching_a_run_may_change(tiny_dfgn, dfgn_argv, capsys):
+    run_train(*options(dfgn_argv, steps=7, out=tiny_dfgn, log_every=1, save_every=3, workers=3))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_run_is_not_resumed_with_another_vae_of_the_same_name(tiny_dfgn, tiny_vae, dfgn_argv, tmp_path, monkeypatch):
+    vae = Path(shutil.copy(tiny_vae / "model.safetensors", tmp_path / "vae.safetensors"))
+    argv = options(dfgn_argv, steps=4, out=tmp_path / "run", vae=vae)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        run_train(*argv)
+    other_vae(tiny_vae, vae)
+    with pytest.raises(UserError, match="--vae"):
+        run_train(*argv)
+
+
+def test_a_loss_that_is_not_finite_stops(dfgn_argv, tmp_path, monkeypatch):
+    plain = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda c, step: 1e30 if step == 5 else plain(c, step))
+    with pytest.raises(UserError, match=r"not finite at step 6 .*state\.pt") as stop:
+        run_train(*options(dfgn_argv, steps=20, out=tmp_path / "run", save_every=4, weight_decay=0))
+    assert any(task in str(stop.value) for task in TASKS)
+    state = state_of(tmp_path / "run")
+    assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["net"].values())
+
+
+def test_poisoned_latents_stop_at_once(dfgn_argv, tiny_vae, tmp_path):
+    net, meta = load_model(tiny_vae / "model.safetensors", "vae")
+    train.save_model(tmp_path / "vae.safetensors", {k: v * float("nan") if k == "shortcut_in.bias" else v for k, v in net.state_dict().items()}, **meta)
+    with pytest.raises(UserError, match="step 0") as stop:
+        run_train(*options(dfgn_argv, steps=3, out=tmp_path / "run", vae=tmp_path / "vae.safetensors"))
+    assert not (tmp_path / "run/state.pt").exists() and "state.pt" not in str(stop.value)              # no checkpoint: none is named
+    run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", lr=1e-4))                              # nothing is lost: other options may be tried
+    assert state_of(tmp_path / "run")["step"] == 1
+
+
+def test_wrong_files_are_named(dfgn_argv, vae_argv, tiny_dfgn, tiny_vae, tmp_path):
+    (tmp_path / "junk.safetensors").write_bytes(b"junk" * 100)
+    cases = [(dfgn_argv, dict(data=tmp_path / "none"), "none"), (vae_argv, dict(data=tmp_path / "none"), "none"),
+             (dfgn_argv, dict(vae=tmp_path / "none.safetensors"), r"none.safetensors.*--stage vae"),
+             (dfgn_argv, dict(vae=tmp_path / "junk.safetensors"), "junk.safetensors"),
+             (dfgn_argv, dict(vae=tiny_dfgn / "model.safetensors"), "model.safetensors.*'dfgn'"),
+             (dfgn_argv, dict(preset="mini"), "--vae .*mini"),
+             (dfgn_argv, dict(set="vae.layers=2"), "--vae ")]
+    for argv, change, said in cases:
+        with pytest.raises(UserError, match=said):
+            run_train(*options(argv, steps=2, out=tmp_path / "run", **change))
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage", ["vae", "dfgn"])
+def test_a_set_of_another_size(stage, vae_argv, dfgn_argv, tmp_path):
+    data.main(["synthetic", "--n", "8", "--size", "32", "--out", str(tmp_path / "set"), "--workers", "1"])
+    with pytest.raises(UserError, match="--data .*32.*16"):
+        run_train(*options(vae_argv if stage == "vae" else dfgn_argv, steps=1, out=tmp_path / "run", data=tmp_path / "set"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_from_other_code_is_named(tiny_vae, tmp_path):
+    net, meta = load_model(tiny_vae / "model.safetensors", "vae")
+    for part, key in (("vae", "colour"), ("vae", "widths")):
+        config = json.loads(json.dumps(meta["config"]))
+        config[part][key] = [8, 16]
+        train.save_model(tmp_path / "m.safetensors", net.state_dict(), **dict(meta, config=config))
+        with pytest.raises(UserError, match="m.safetensors"):
+            load_model(tmp_path / "m.safetensors", "vae")
+
+
+@pytest.mark.parametrize("change, said", [
+    ("dfgn.depth=3", "dfgn.depth"), ("colour.layers=3", "colour.layers"), ("frames=4", "part.field"), ("dfgn.layers", "dfgn.layers"),
+    ("dfgn.layers=two", "'two' is not a int"), ("dfgn.layers=1.5", "1.5"), ("dfgn.relative=1", "not a bool"), ("dfgn.widths=a,b", "a,b"),
+    ("dfgn.temporal=lstm", "lstm"), ("dfgn.known_fill=ones", "ones"), ("diffusion.prediction=x0", "x0"), ("diffusion.prediction=eps", "dfgn.gate"), ("diffusion.schedule=cosin", "cosin"), ("text.kind=bert", "bert")])
+def test_fields_of_the_preset_that_cannot_be_set(change, said, dfgn_argv, tmp_path):
+    with pytest.raises(UserError, match=f"--set .*{said}"):
+        run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", set=change))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fields_of_the_preset_are_set():
+    config = resolve_config("tiny", ["dfgn.temporal=conv3d", "dfgn.widths=16,48", "dfgn.relative=false", "diffusion.beta_end=1", "vae.kl_weight=0.5"])
+    assert (config.dfgn.temporal, config.dfgn.widths, config.dfgn.relative) == ("conv3d", (16, 48), False)
+    assert config.diffusion.beta_end == 1 and config.vae.kl_weight == 0.5 and PRESETS["tiny"].dfgn.temporal == "sti"
+    with pytest.raises(UserError, match="--preset huge.*tiny, mini, paper"):
+        resolve_config("huge", [])
+
+
+OUT_OF_RANGE = [(dict(stage="gan"), "--stage gan"), (dict(lr_schedule="step"), "--lr-schedule step"), (dict(how="best"), "--how best"), (dict(frames="all"), "--frames all"),
+                (dict(precision="fp8"), "--precision fp8"), (dict(groups="nothing"), "--groups|no stickers"), (dict(steps=0), "--steps 0"), (dict(batch=0), "--batch 0"),
+                (dict(log_every=0), "--log-every 0"), (dict(save_every=0), "--save-every 0")]
+
+
+@pytest.mark.parametrize("stage, change, said", [(stage, *case) for stage in ("vae", "dfgn") for case in OUT_OF_RANGE] + [("dfgn", dict(curriculum="fast"), "--curriculum fast")])
+def test_words_and_numbers_out_of_range(stage, change, said, vae_argv, dfgn_argv, tmp_path):
+    with pytest.raises(UserError, match=said):
+        run_train(*options(vae_argv if stage == "vae" else dfgn_argv, **dict(dict(steps=1, out=tmp_path / "run"), **change)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_the_ranks_cannot_share(vae_argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "setup", lambda: (0, 2, torch.device("cpu")))
+    monkeypatch.setattr(train, "DistributedDataParallel", lambda net: net)
+    with pytest.raises(UserError, match="--batch 3.*2 processes"):
+        run_train(*options(vae_argv, steps=1, batch=3, out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()                             # or the right --batch would be refused as another one
+
+
+def test_every_option_has_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert stop.value.code == 0 and all("--" + name.replace("_", "-") in said for name in asdict(TrainConfig()))
+    helps = train.field_help()
+    assert not [name for name in asdict(TrainConfig()) if name not in helps and name != "seed"]
+
+
+def test_exit_code(tiny_dfgn, dfgn_argv):
+    argv = options(dfgn_argv, steps=7, out=tiny_dfgn, lr=0.5)
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], capture_output=True, text=True, env=dict(os.environ))
+    line, = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and line.startswith("error: --lr 0.5") and "0.001" in line and str(tiny_dfgn) in line

@@ -1,0 +1,580 @@
+"""Train the VAE, then the DFGN, on one process or many. The same command again resumes.
+
+    python train.py --stage vae --data data/fluent --out runs/vae
+    python train.py --data data/fluent --vae runs/vae/model.safetensors --out runs/dfgn
+    torchrun --nproc_per_node=2 train.py ...                      # CPU (gloo) or CUDA (nccl)
+    python train.py --set dfgn.temporal=conv3d --out runs/conv3d  # any field of model.Config
+
+A run folder holds config.json, log.jsonl, state.pt (all that resuming needs), state.prev.pt (the one before) and
+model.safetensors (EMA weights, configuration in the metadata: what one shares).
+
+Every random draw of global sample n of step s is a function of (seed, s, n) alone: a resumed run equals an uninterrupted one bit
+for bit, and N ranks see exactly the draws of one.
+"""
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from curriculum import Curriculum
+from data import (TASKS, ClipDataset, StepSampler, StickerSet, UserError, cond_mask, fit_task, latents_ready, open_latents, rng_for,
+                  run_cli, to_tensor, tokenize, write_latents)
+from model import PRESETS, RDTF, VAE, Config, fill_nearest
+
+
+@dataclass
+class TrainConfig:
+    stage: str = "dfgn"                   # vae, or dfgn (which needs a trained vae)
+    data: str = "data/fluent"             # prepared set (python data.py)
+    groups: list = field(default_factory=list)  # emoji groups to train on; none named: all
+    out: str = ""                         # run folder; default runs/<stage>
+    preset: str = "mini"                  # tiny, mini, paper
+    set: list = field(default_factory=list)  # fields of the preset to change, as part.field=value
+    vae: str = "runs/vae/model.safetensors"  # VAE of the dfgn stage
+    steps: int = 3000                     # optimiser steps
+    batch: int = 4                        # global batch: clips (dfgn) or images (vae); a step of stills takes T times as many
+    lr: float = 1e-3                      # peak learning rate
+    lr_schedule: str = "cosine"           # cosine (to zero), constant
+    warmup: int = 100                     # steps of linear warm-up
+    weight_decay: float = 0.01            # AdamW
+    grad_clip: float = 1.0                # largest gradient norm
+    ema: float = 0.999                    # decay of the averaged weights; rises to it over the first steps
+    precision: str = "auto"               # float32, bf16 (autocast), auto: bf16 where the hardware multiplies it
+    seed: int = 0
+    curriculum: str = "adaptive"          # none, linear, adaptive
+    pid_raw: bool = False                 # feed the bare loss to the curriculum's PID score
+    how: str = "mixed"                    # frames of a clip: kmeans (paper), even, mixed (a coin decides)
+    frames: str = "step"                  # k of 3..T is drawn per step (no padding), or per sample (paper)
+    still_share: float = 0.3              # share of the steps that train on single frames
+    word_dropout: float = 0.2             # a word of a caption becomes "#"
+    keywords: float = 0.5                 # keywords are appended to a caption
+    text_drop: float = 0.10               # the text alone is dropped
+    cond_drop: float = 0.10               # the given frames alone are dropped
+    both_drop: float = 0.05               # both are dropped
+    workers: int = 0                      # data loading processes; changes nothing but the speed
+    log_every: int = 20                   # steps
+    save_every: int = 500                 # steps
+
+
+# ------------------------------------------------------------------------------------------------ processes, files
+def setup():
+    """(rank, world, device) of this process; joins the group that torchrun announces."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
+
+
+def pick_precision(name, device):
+    """bf16 only where the hardware multiplies it: elsewhere it is emulated, some 40 times slower than float32."""
+    if name not in ("auto", "bf16", "float32"):
+        raise UserError(f"--precision {name}: choose auto, bf16 or float32")
+    if name != "auto":
+        return name
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if fast else "float32"
+
+
+def gather(values, world):
+    """Concatenate a 1-d tensor of equal length from every rank, in rank order."""
+    if world == 1:
+        return values
+    parts = [torch.empty_like(values) for _ in range(world)]
+    dist.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
+
+
+def write_atomically(path, write):
+    """write(temporary path), then fsync and rename: a reader sees the old file or the whole new one."""
+    temporary = Path(f"{path}.tmp")
+    write(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def file_hash(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def save_model(path, weights, **metadata):
+    """EMA weights as safetensors; metadata values must be JSON-able."""
+    from safetensors.torch import save_file
+    weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+    write_atomically(path, lambda p: save_file(weights, p, metadata={k: json.dumps(v) for k, v in metadata.items()}))
+
+
+def load_model(path, kind):
+    """(network in eval mode, metadata) from a model.safetensors; kind "vae" or "dfgn". UserError for any other file."""
+    from safetensors import SafetensorError, safe_open
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such model; train one with `python train.py{' --stage vae' if kind == 'vae' else ''}`")
+    try:
+        with safe_open(str(path), "pt") as file:
+            metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+            weights = {k: file.get_tensor(k) for k in file.keys()}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a readable .safetensors model ({error})") from None
+    if metadata.get("kind") != kind:
+        raise UserError(f"{path}: holds {metadata.get('kind', 'something else')!r}, {kind!r} is needed")
+    try:
+        config = Config.from_dict(metadata["config"])
+        net = VAE(config.vae) if kind == "vae" else RDTF(config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: its configuration is not of this version of model.py ({error})") from None
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path}: weights do not fit its own configuration ({str(error).splitlines()[1].strip()})") from None
+    return net.eval().requires_grad_(False), metadata
+
+
+def resolve_config(preset, changes):
+    """The preset with `part.field=value` changes; UserError for an unknown name or a value of another type."""
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: choose one of {', '.join(PRESETS)}")
+    config = PRESETS[preset].to_dict()
+    for change in changes:
+        name, _, text = change.partition("=")
+        part, _, key = name.partition(".")
+        if not isinstance(config.get(part), dict) or key not in config[part]:
+            raise UserError(f"--set {change}: no field {name!r}; write part.field=value with a part of vae, text, dfgn, diffusion")
+        old = config[part][key]
+        try:
+            value = text if isinstance(old, str) else json.loads(f"[{text}]" if isinstance(old, tuple) else text)
+        except ValueError:
+            raise UserError(f"--set {change}: {text!r} is not a {type(old).__name__}") from None
+        if type(old) not in (type(value), tuple) and not (isinstance(old, float) and isinstance(value, int)):
+            raise UserError(f"--set {change}: {text!r} is not a {type(old).__name__}")
+        config[part][key] = value
+    config = Config.from_dict(config)
+    try:
+        with torch.device("meta"):
+            RDTF(config), VAE(config.vae)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"--set {' '.join(changes)}: these do not go together ({error})") from None
+    return config
+
+
+# ------------------------------------------------------------------------------------------------ VAE stage
+def draw_image(stickers, config, step, n):
+    """One training image (4, S, S), premultiplied in [-1, 1], and its random background (3,): a random frame of a random concept."""
+    rng = rng_for(config.seed, step, n, 0)
+    record = stickers.records[rng.choice(stickers.by_concept[stickers.concepts[rng.integers(len(stickers.concepts))]])]
+    frame = stickers.clip(record, [rng.integers(record["n"])])
+    return to_tensor(frame)[0], torch.from_numpy(rng.uniform(-1, 1, 3).astype(np.float32))
+
+
+def compose(x, background):
+    """Premultiplied RGBA (N, 4, H, W) in [-1, 1] over background (N, 3) in [-1, 1] -> RGB (N, 3, H, W) in [-1, 1]; RGB stays."""
+    if x.shape[1] == 3:
+        return x
+    alpha = (x[:, 3:] + 1) / 2
+    return x[:, :3] + (1 - alpha) * (background[:, :, None, None] + 1)
+
+
+def vae_losses(net, x, background, noise, config):
+    """Loss per image (N,): squared and absolute error on the same random colour, absolute error of alpha, KL divergence."""
+    y, mean, logvar = net(x, noise)
+    if x.shape[1] == 4:
+        error = compose(y.float(), background) - compose(x, background)
+        alpha = (y[:, 3:].float() - x[:, 3:]).abs().mean((1, 2, 3))
+    else:
+        error, alpha = y.float() - x, 0
+    kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3))
+    return (error ** 2 + 0.1 * error.abs()).mean((1, 2, 3)) + 0.1 * alpha + config.kl_weight * kl.float()
+
+
+@torch.no_grad()
+def vae_psnr(vae, stickers, count=256, batch=32):
+    """PSNR (dB, of each image, on white) of up to `count` first-and-middle frames of a split, through the mean latents."""
+    frames = [f for r in stickers.records for f in sorted({r["first"], r["first"] + r["n"] // 2})][:count]
+    white, values = torch.ones(1, 3), []
+    for i in range(0, len(frames), batch):
+        x = to_tensor(np.array(stickers.frames[frames[i:i + batch]]))[:, :vae.config.image_channels]
+        y = vae.decode(vae.encode(x)).clamp(-1, 1)
+        mse = (((compose(x, white) - compose(y, white)) / 2) ** 2).mean((1, 2, 3))
+        values += (-10 * torch.log10(mse.clamp_min(1e-10))).tolist()
+    return np.array(values)
+
+
+@torch.no_grad()
+def measure_latents(vae, stickers, seed, count=2048, batch=32):
+    """Set the VAE's latent_mean and latent_std from `count` random frames of the training split."""
+    rng = rng_for(seed, 0, 0, 9)
+    total, squares, n = 0.0, 0.0, 0
+    vae.latent_mean.zero_(), vae.latent_std.fill_(1)
+    for _ in range(0, count, batch):
+        records = [stickers.records[i] for i in rng.integers(len(stickers), size=batch)]
+        frames = np.concatenate([stickers.clip(r, [rng.integers(r["n"])]) for r in records])
+        z = vae.encode(to_tensor(frames)[:, :vae.config.image_channels]).double()
+        total, squares, n = total + z.sum((0, 2, 3)), squares + (z ** 2).sum((0, 2, 3)), n + z[:, 0].numel()
+    mean = total / n
+    vae.latent_mean.copy_(mean), vae.latent_std.copy_((squares / n - mean ** 2).mean().sqrt())
+
+
+def training_set(config, preset):
+    """The training split that --data and --groups name, of the preset's size."""
+    stickers = StickerSet(config.data, "train", config.groups or None)
+    if stickers.size != preset.vae.size:
+        raise UserError(f"--data {config.data}: {stickers.size} px, preset {preset.name} wants {preset.vae.size}")
+    if not len(stickers):
+        raise UserError(f"--groups {' '.join(config.groups)}: no stickers of these groups in {config.data}")
+    return stickers
+
+
+class VAEStage:
+    """What the loop needs: the network, a step's losses, and what is written with a checkpoint."""
+    kind = "vae"
+
+    def __init__(self, config, preset, rank, world, device):
+        self.config, self.preset, self.rank, self.world, self.device = config, preset, rank, world, device
+        self.stickers = training_set(config, preset)
+        self.inputs = dict(data=self.stickers.meta["hash"])
+        self.net = VAE(preset.vae)
+        if preset.vae.shortcut:
+            self.net.start_shortcut(torch.stack([draw_image(self.stickers, config, 0, n)[0] for n in range(256)])[:, :preset.vae.image_channels])
+        self.net.to(device)
+
+    def batches(self, start):
+        for step, keys in enumerate(StepSampler(self.config.batch, start, self.config.steps, self.rank, self.world), start):
+            share = [n for _, n, _ in keys]
+            images, backgrounds = zip(*(draw_image(self.stickers, self.config, step, n) for n in share))
+            size = (self.preset.vae.latent_channels, *(s // self.preset.vae.factor for s in images[0].shape[1:]))
+            noise = np.stack([rng_for(self.config.seed, step, n, 2).standard_normal(size, np.float32) for n in share])
+            yield step, dict(x=torch.stack(images)[:, :self.preset.vae.image_channels], background=torch.stack(backgrounds), noise=torch.from_numpy(noise))
+
+    def losses(self, net, batch):
+        """-> losses (b,), and per sample a task number and a timestep decile (none here: 0)."""
+        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        losses = vae_losses(net, batch["x"], batch["background"], batch["noise"], self.preset.vae)
+        return losses, torch.zeros(2, len(losses))
+
+    def finish(self, weights):
+        """The EMA weights with latent statistics measured; prints the held-out PSNR."""
+        vae = VAE(self.preset.vae).to(self.device).eval()
+        vae.load_state_dict(weights)
+        measure_latents(vae, self.stickers, self.config.seed)
+        psnr = vae_psnr(vae, StickerSet(self.config.data, "test", self.config.groups or None))
+        print(f"VAE: held-out PSNR on white {psnr.mean():.2f} dB (n = {len(psnr)}, 95 % +- {1.96 * psnr.std() / len(psnr) ** 0.5:.2f})")
+        return vae.state_dict(), dict(psnr=float(psnr.mean()))
+
+
+# ------------------------------------------------------------------------------------------------ DFGN stage
+@torch.no_grad()
+def cache_latents(vae, vae_hash, data, device, world=1, batch=64):
+    """Encode every frame of a prepared set once: <data>/latents-<hash>/, mean and log-variance, not standardised."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(min(threads * world, os.cpu_count()))  # the other ranks wait meanwhile
+    stickers = StickerSet(data)
+    n, side = len(stickers.frames), stickers.size // vae.config.factor
+    chunks = (stickers.frames[i:i + batch] for i in range(0, n, batch))
+    bar = tqdm(chunks, "encoding latents", total=math.ceil(n / batch), mininterval=2)
+    write_latents(data, vae_hash, n, (vae.config.latent_channels, side, side), (vae.moments(to_tensor(np.array(c))[:, :vae.config.image_channels].to(device)) for c in bar))
+    torch.set_num_threads(threads)
+
+
+def draw_condition(config, p, step, n, real, T, timesteps):
+    """(task number, condition mask (T,), whether the text is kept, timestep) of sample n of a step with `real` frames."""
+    rng = rng_for(config.seed, step, n, 1)
+    task = fit_task(TASKS[min(int(np.searchsorted(p.cumsum(), rng.random())), len(TASKS) - 1)], real)
+    mask, drop, t = cond_mask(task, real, T, rng), rng.random(), int(rng.integers(timesteps))
+    no_text = task == "i2v" or drop < config.text_drop + config.both_drop
+    if config.text_drop <= drop < config.text_drop + config.both_drop + config.cond_drop:
+        mask = np.zeros_like(mask)
+    return TASKS.index(task), mask, not no_text, t
+
+
+def step_frames(config, step, T):
+    """(frames a clip has in this step, clips a batch slot stands for): T and 1, fewer frames, or T stills in place of a clip."""
+    rng = rng_for(config.seed, step, 0, 3)
+    if rng.random() < config.still_share:
+        return 1, T
+    return (int(rng.integers(3, T + 1)) if config.frames == "step" else T), 1
+
+
+class DFGNStage:
+    kind = "dfgn"
+
+    def __init__(self, config, preset, rank, world, device):
+        self.config, self.preset, self.rank, self.world, self.device = config, preset, rank, world, device
+        vae, self.vae_meta = load_model(config.vae, "vae")
+        if asdict(vae.config) != asdict(preset.vae):
+            raise UserError(f"--vae {config.vae}: trained as {vae.config}, preset {preset.name} wants {preset.vae}")
+        self.vae_hash = file_hash(config.vae)
+        self.stickers = training_set(config, preset)
+        self.inputs = dict(data=self.stickers.meta["hash"], vae=self.vae_hash)
+        if rank == 0 and not latents_ready(config.data, self.vae_hash):
+            cache_latents(vae.to(device), self.vae_hash, config.data, device, world)
+        if world > 1:
+            dist.barrier()
+        self.mean, self.std = vae.latent_mean.cpu()[:, None, None], vae.latent_std.cpu()[:, None, None]
+        self.net = RDTF(preset)
+        self.measure_data()
+        self.net.to(device)
+        self.curriculum = Curriculum(config.curriculum, config.steps, config.pid_raw)
+
+    @torch.no_grad()
+    def measure_data(self, count=512):
+        """Set the network's data_std: deviations of latents, and of unknown frames less the nearest given one, over all tasks."""
+        clips, T = self.clips(), self.preset.frames
+        items = self.collate(-1, [clips[0, n, T] for n in range(count)], np.full(len(TASKS), 1 / len(TASKS)))
+        z, given, real = items["z0"], items["cond_mask"], items["loss_mask"]
+        differences = z - fill_nearest(z * given[:, :, None, None, None], given)
+        rms = lambda x: x.square().mean((0, 2, 3)).sqrt()
+        self.net.data_std[0] = rms(z[real.bool()])
+        unknown = real.bool() & ~given.bool() & (given.amax(1, keepdim=True) > 0)
+        self.net.data_std[1] = rms(differences[unknown])
+
+    def clips(self):
+        c = self.config
+        return ClipDataset(self.stickers, open_latents(c.data, self.vae_hash), c.seed, c.batch, self.preset.frames, c.how, c.frames, c.word_dropout, c.keywords)
+
+    def batches(self, start):
+        c, T = self.config, self.preset.frames
+        sampler = StepSampler(c.batch, start, c.steps, self.rank, self.world, plan=lambda step: step_frames(c, step, T))
+        loader = torch.utils.data.DataLoader(self.clips(), batch_sampler=sampler, num_workers=c.workers, collate_fn=list,
+                                             multiprocessing_context="fork" if c.workers else None)
+        for step, items in zip(range(start, c.steps), loader):
+            yield step, self.collate(step, items, self.curriculum.probabilities(step))
+
+    def collate(self, step, items, p):
+        """Draw task (with probabilities p), masks, timestep and noise of each sample and stack them."""
+        T, step = items[0]["z"].shape[0], step % 2 ** 31
+        drawn = [draw_condition(self.config, p, step, it["key"], it["n"], T, self.preset.diffusion.steps) for it in items]
+        task, masks, keep, t = zip(*drawn)
+        rngs = [rng_for(self.config.seed, step, it["key"], 2) for it in items]
+        noise, shared = (torch.from_numpy(np.stack([g.standard_normal((frames, *it["z"].shape[1:]), np.float32) for g, it in zip(rngs, items)]))
+                         for frames in (T, 1))
+        z = (torch.stack([it["z"] for it in items]) - self.mean) / self.std
+        loss_mask = torch.stack([it["loss_mask"] for it in items])
+        return dict(z0=z * loss_mask[:, :, None, None, None], tokens=tokenize([it["text"] if k else "" for it, k in zip(items, keep)]),
+                    t=torch.tensor(t), noise=self.net.diffusion.mix_noise(noise, shared), cond_mask=torch.from_numpy(np.stack(masks)), loss_mask=loss_mask, task=torch.tensor(task))
+
+    def losses(self, net, batch):
+        task = batch.pop("task")
+        tags = torch.stack([task, batch["t"] * 10 // self.preset.diffusion.steps]).float()
+        return net(**{k: v.to(self.device, non_blocking=True) for k, v in batch.items()}), tags
+
+    def finish(self, weights):
+        return weights, dict(vae=self.vae_hash, vae_file=str(self.config.vae))
+
+
+STAGES = {"vae": VAEStage, "dfgn": DFGNStage}
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+class Window:
+    """Running sums since the last log line; part of the checkpoint, so that a resumed run writes the same lines."""
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, key, value, n=1):
+        total, count = self.sums.get(key, (0.0, 0))
+        self.sums[key] = (total + value * n, count + n)
+
+    def means(self, prefix):
+        return {k[len(prefix):]: float(f"{s / n:.7g}") for k, (s, n) in sorted(self.sums.items()) if k.startswith(prefix)}
+
+
+def learning_rate(c, step):
+    ramp = min(1.0, (step + 1) / max(c.warmup, 1))
+    return c.lr * ramp * (0.5 * (1 + math.cos(math.pi * step / c.steps)) if c.lr_schedule == "cosine" else 1.0)
+
+
+def read_state(run):
+    """The newest checkpoint that can be read; None if there is none yet."""
+    names = [name for name in ("state.pt", "state.prev.pt") if (run / name).is_file()]
+    for name in names:
+        try:
+            return torch.load(run / name, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file may raise nearly anything
+            print(f"{run / name}: not readable ({type(error).__name__}); trying the one before", file=sys.stderr)
+    if names:
+        raise UserError(f"{run}: neither {' nor '.join(names)} can be read; remove the folder, or name another --out")
+    return None
+
+
+def check_same_config(run, config):
+    """Resuming must not change what is trained; how it is watched may change. Returns the hashes of what it was started with."""
+    free = {"workers", "log_every", "save_every", "out"}
+    old = json.loads((run / "config.json").read_text())
+    for key, value in asdict(config).items():
+        if key not in free and old["train"].get(key) != value:
+            raise UserError(f"--{key.replace('_', '-')} {value}: {run} was started with {old['train'].get(key)}; go on with that, or name another --out")
+    return old["inputs"]
+
+
+def check_options(config):
+    """Refuse words that are not known and numbers that make no sense, before anything slow."""
+    words = dict(stage=STAGES, lr_schedule=("cosine", "constant"), how=("kmeans", "even", "mixed"), frames=("step", "sample"))
+    for name, allowed in words.items():
+        if getattr(config, name) not in allowed:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: choose one of {', '.join(allowed)}")
+    for name in ("steps", "batch", "log_every", "save_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+
+
+def cut_log(path, step):
+    """Drop log lines after the checkpoint: those steps are run again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(path, lambda p: p.write_text("".join(line + "\n" for line in lines)))
+
+
+def train(config):
+    """Train a stage to its end, or to a SIGTERM, which saves first."""
+    check_options(config)
+    run = Path(config.out or f"runs/{config.stage}")
+    preset = resolve_config(config.preset, config.set)
+    rank, world, device = setup()
+    if config.batch % world:
+        raise UserError(f"--batch {config.batch}: not a multiple of the {world} processes")
+    precision = pick_precision(config.precision, device)
+    torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
+    started = any((run / name).is_file() for name in ("state.pt", "state.prev.pt"))
+    before = check_same_config(run, config) if started else {}
+    stage = STAGES[config.stage](config, preset, rank, world, device)
+    for key, value in before.items():
+        if stage.inputs[key] != value:
+            raise UserError(f"--{key} {getattr(config, key)}: not what {run} was started with (hash {stage.inputs[key][:12]}, was {value[:12]}); name another --out")
+    net = stage.net
+    ema = {k: v.detach().clone() for k, v in net.state_dict().items()}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True)
+    curriculum, window, start = getattr(stage, "curriculum", None), Window(), 0
+
+    state = read_state(run)
+    if state is not None:
+        net.load_state_dict(state["net"])
+        ema = {k: v.to(device) for k, v in state["ema"].items()}
+        optimizer.load_state_dict(state["optimizer"])
+        window.sums, start = {k: tuple(v) for k, v in state["window"].items()}, state["step"]
+        if curriculum:
+            curriculum.load_state_dict(state["curriculum"])
+        if start == config.steps:
+            return rank == 0 and print(f"{run}: done, {start} steps; nothing to do")
+    if rank == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        cut_log(run / "log.jsonl", start)
+        config_text = json.dumps(dict(train=asdict(config), model=preset.to_dict(), inputs=stage.inputs, precision=precision), indent=1)
+        write_atomically(run / "config.json", lambda p: p.write_text(config_text))
+
+    def save(step):
+        if rank == 0:
+            weights, extra = stage.finish(ema)
+            save_model(run / "model.safetensors", weights, kind=stage.kind, config=preset.to_dict(), step=step, **extra)
+            state = dict(step=step, net=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), window=window.sums,
+                         curriculum=curriculum.state_dict() if curriculum else None)
+            if (run / "state.pt").is_file():
+                os.replace(run / "state.pt", run / "state.prev.pt")
+            write_atomically(run / "state.pt", lambda p: torch.save(state, p))  # last: a run is done when its state says so
+
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    ddp = DistributedDataParallel(net) if world > 1 else net
+    parameters = [k for k, _ in net.named_parameters()]
+    bar = tqdm(total=config.steps, initial=start, desc=f"{config.stage} ({precision}, {world} x {torch.get_num_threads()} threads)",
+               disable=rank > 0, mininterval=5)
+    seen, since = 0, time.perf_counter()
+    for step, batch in stage.batches(start):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            losses, tags = stage.losses(ddp, batch)
+        losses.mean().backward()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        shared = [gather(row, world) for row in (losses.detach().cpu().float(), *tags, torch.tensor([float(bool(stop))]))]
+        all_losses, tasks, deciles, stops = (row.numpy() for row in shared)
+        if not np.isfinite(all_losses).all():
+            where = sorted({TASKS[int(k)] for k in tasks[~np.isfinite(all_losses)]}) if curriculum else "vae"
+            saved = f"the last good checkpoint is {run / 'state.pt'}" if (run / "state.pt").is_file() else "nothing was saved yet"
+            raise UserError(f"{run}: loss is not finite at step {step} ({where}); {saved}; lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay, current = min(config.ema, (1 + step) / (10 + step)), dict(net.named_parameters())
+        torch._foreach_lerp_([ema[k] for k in parameters], [current[k].detach() for k in parameters], 1 - decay)
+
+        seen += len(all_losses)
+        window.add("loss", float(all_losses.mean()))
+        window.add("norm", float(norm))
+        for loss, task, decile in zip(all_losses, tasks, deciles):
+            if curriculum:
+                window.add(f"task {TASKS[int(task)]}", float(loss))
+                window.add(f"decile {int(decile)}", float(loss))
+        extra = {}
+        if curriculum:
+            extra = dict(entropy=round(curriculum.entropy(step), 6))
+            curriculum.observe(all_losses, tasks.astype(int), deciles.astype(int))
+            extra["r"] = round(curriculum.r, 6)
+        bar.update()
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            if rank == 0:
+                rate, memory = seen / (time.perf_counter() - since), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+                if device.type == "cuda":
+                    memory = torch.cuda.max_memory_allocated() / 2 ** 20
+                line = dict(step=done, loss=window.means("loss")[""], grad_norm=window.means("norm")[""], lr=learning_rate(config, step), **extra,
+                            tasks=window.means("task "), deciles=window.means("decile "), clips_per_s=round(rate, 2), peak_mb=round(memory))
+                with open(run / "log.jsonl", "a") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:.1f} clips/s")
+            window, seen, since = Window(), 0, time.perf_counter()
+        stopping = bool(stops.any())
+        if done % config.save_every == 0 or done == config.steps or stopping:
+            save(done)
+            since = time.perf_counter() if seen == 0 else since
+        if stopping:
+            return rank == 0 and print(f"{run}: stopped by SIGTERM after step {done}; the same command goes on")
+
+
+# ------------------------------------------------------------------------------------------------ command line
+def field_help():
+    """The comment beside each field of TrainConfig."""
+    import inspect
+    lines = inspect.getsource(TrainConfig).splitlines()
+    return {line.split(":")[0].strip(): line.split("# ", 1)[1] for line in lines if "# " in line}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    helps = field_help()
+    for f in dataclasses.fields(TrainConfig):
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        kind = dict(nargs="*") if isinstance(default, list) else dict(type=type(default))
+        if isinstance(default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=f"{helps.get(f.name, '')} (default: {default})".replace("%", "%%"), **kind)
+    return TrainConfig(**vars(parser.parse_args(argv)))
+
+
+def main(argv=None):
+    try:
+        train(parse(argv))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_cli(main)
