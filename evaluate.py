@@ -245,7 +245,7 @@ def check(args):
     if args.prompts and not args.sheet:
         raise UserError("--prompts: say with --sheet FILE.png where the stickers go")
     if not (Path(args.run) / "model.safetensors").is_file():
-        raise UserError(f"--run {args.run}: no model.safetensors there; train one with `python train.py --run {args.run}`")
+        raise UserError(f"--run {args.run}: no model.safetensors there; train one with `python train.py --out {args.run}`")
 
 
 def main(argv=None):
