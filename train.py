@@ -80,7 +80,7 @@ def setup():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 
@@ -211,7 +211,7 @@ def vae_psnr(vae, stickers, count=256, batch=32):
     white, values = torch.ones(1, 3), []
     for i in range(0, len(frames), batch):
         x = to_tensor(np.array(stickers.frames[frames[i:i + batch]]))[:, :vae.config.image_channels]
-        y = vae.decode(vae.encode(x)).clamp(-1, 1)
+        y = vae.decode(vae.encode(x.to(vae.latent_mean.device))).clamp(-1, 1).cpu()
         mse = (((compose(x, white) - compose(y, white)) / 2) ** 2).mean((1, 2, 3))
         values += (-10 * torch.log10(mse.clamp_min(1e-10))).tolist()
     return np.array(values)
@@ -226,7 +226,7 @@ def measure_latents(vae, stickers, seed, count=2048, batch=32):
     for _ in range(0, count, batch):
         records = [stickers.records[i] for i in rng.integers(len(stickers), size=batch)]
         frames = np.concatenate([stickers.clip(r, [rng.integers(r["n"])]) for r in records])
-        z = vae.encode(to_tensor(frames)[:, :vae.config.image_channels]).double()
+        z = vae.encode(to_tensor(frames)[:, :vae.config.image_channels].to(vae.latent_mean.device)).double()
         total, squares, n = total + z.sum((0, 2, 3)), squares + (z ** 2).sum((0, 2, 3)), n + z[:, 0].numel()
     mean = total / n
     vae.latent_mean.copy_(mean), vae.latent_std.copy_((squares / n - mean ** 2).mean().sqrt())
@@ -312,6 +312,11 @@ def step_frames(config, step, T):
     return (int(rng.integers(3, T + 1)) if config.frames == "step" else T), 1
 
 
+def ignore_sigterm(_):
+    """A SIGTERM to the whole process group must leave the loaders to the main process, which saves first."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class DFGNStage:
     kind = "dfgn"
 
@@ -353,7 +358,7 @@ class DFGNStage:
         c, T = self.config, self.preset.frames
         sampler = StepSampler(c.batch, start, c.steps, self.rank, self.world, plan=lambda step: step_frames(c, step, T))
         loader = torch.utils.data.DataLoader(self.clips(), batch_sampler=sampler, num_workers=c.workers, collate_fn=list,
-                                             multiprocessing_context="fork" if c.workers else None)
+                                             multiprocessing_context="fork" if c.workers else None, worker_init_fn=ignore_sigterm)
         for step, items in zip(range(start, c.steps), loader):
             yield step, self.collate(step, items, self.curriculum.probabilities(step))
 
@@ -506,10 +511,10 @@ def train(config):
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
         shared = [gather(row, world) for row in (losses.detach().cpu().float(), *tags, torch.tensor([float(bool(stop))]))]
         all_losses, tasks, deciles, stops = (row.numpy() for row in shared)
-        if not np.isfinite(all_losses).all():
+        if not (np.isfinite(all_losses).all() and math.isfinite(norm)):
             where = sorted({TASKS[int(k)] for k in tasks[~np.isfinite(all_losses)]}) if curriculum else "vae"
             saved = f"the last good checkpoint is {run / 'state.pt'}" if (run / "state.pt").is_file() else "nothing was saved yet"
-            raise UserError(f"{run}: loss is not finite at step {step} ({where}); {saved}; lower --lr")
+            raise UserError(f"{run}: loss or gradient is not finite at step {step} ({where}); {saved}; lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay, current = min(config.ema, (1 + step) / (10 + step)), dict(net.named_parameters())
