@@ -68,7 +68,7 @@ def round_trip(sampler, clips, batch):
     """Clips encoded and decoded: as good as any output of this VAE can be."""
     out = []
     for part in np.split(clips, range(batch, len(clips), batch)):
-        x = to_tensor(part.reshape(-1, *part.shape[2:]))[:, :sampler.config.vae.image_channels].to(sampler.device)
+        x = sampler.vae.images(to_tensor(part.reshape(-1, *part.shape[2:])))
         out.append(to_rgba(sampler.vae.decode(sampler.vae.encode(x))).reshape(part.shape))
     return np.concatenate(out)
 

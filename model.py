@@ -290,6 +290,10 @@ class VAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
+    def images(self, x):
+        """Images (N, 4, H, W), premultiplied RGBA, as this VAE takes them: its channels alone, on its device."""
+        return x[:, :self.config.image_channels].to(self.latent_mean.device)
+
     def moments(self, x):
         """Images (N, C, H, W) -> mean and log-variance, each (N, c, h, w), not standardised."""
         mean, logvar = self.quant_conv(self.encoder(F.pixel_unshuffle(x, self.config.patch))).chunk(2, dim=1)

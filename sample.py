@@ -62,7 +62,7 @@ class Sampler:
         if mask.any():
             x = torch.stack([to_tensor(f) for f in frames])  # (B, T, 4, S, S)
             given = mask.bool()
-            known[given] = self.vae.encode(x[given][:, :self.config.vae.image_channels].to(self.device)).cpu()
+            known[given] = self.vae.encode(self.vae.images(x[given])).cpu()
         rngs = [np.random.default_rng(s) for s in seeds]
         z = ddim(self.net, tokenize(prompts), known.to(self.device), mask.to(self.device), rngs, **d)
         y = self.vae.decode(z.flatten(0, 1)).unflatten(0, (B, self.T)).float().cpu()

@@ -208,10 +208,10 @@ def vae_losses(net, x, background, noise, config):
 def vae_psnr(vae, stickers, count=256, batch=32):
     """PSNR (dB, of each image, on white) of up to `count` first-and-middle frames of a split, through the mean latents."""
     frames = [f for r in stickers.records for f in sorted({r["first"], r["first"] + r["n"] // 2})][:count]
-    white, values = torch.ones(1, 3), []
+    white, values = torch.ones(1, 3, device=vae.latent_mean.device), []
     for i in range(0, len(frames), batch):
-        x = to_tensor(np.array(stickers.frames[frames[i:i + batch]]))[:, :vae.config.image_channels]
-        y = vae.decode(vae.encode(x.to(vae.latent_mean.device))).clamp(-1, 1).cpu()
+        x = vae.images(to_tensor(np.array(stickers.frames[frames[i:i + batch]])))
+        y = vae.decode(vae.encode(x)).clamp(-1, 1)
         mse = (((compose(x, white) - compose(y, white)) / 2) ** 2).mean((1, 2, 3))
         values += (-10 * torch.log10(mse.clamp_min(1e-10))).tolist()
     return np.array(values)
@@ -226,7 +226,7 @@ def measure_latents(vae, stickers, seed, count=2048, batch=32):
     for _ in range(0, count, batch):
         records = [stickers.records[i] for i in rng.integers(len(stickers), size=batch)]
         frames = np.concatenate([stickers.clip(r, [rng.integers(r["n"])]) for r in records])
-        z = vae.encode(to_tensor(frames)[:, :vae.config.image_channels].to(vae.latent_mean.device)).double()
+        z = vae.encode(vae.images(to_tensor(frames))).double()
         total, squares, n = total + z.sum((0, 2, 3)), squares + (z ** 2).sum((0, 2, 3)), n + z[:, 0].numel()
     mean = total / n
     vae.latent_mean.copy_(mean), vae.latent_std.copy_((squares / n - mean ** 2).mean().sqrt())
@@ -252,7 +252,7 @@ class VAEStage:
         self.inputs = dict(data=self.stickers.meta["hash"])
         self.net = VAE(preset.vae)
         if preset.vae.shortcut:
-            self.net.start_shortcut(torch.stack([draw_image(self.stickers, config, 0, n)[0] for n in range(256)])[:, :preset.vae.image_channels])
+            self.net.start_shortcut(self.net.images(torch.stack([draw_image(self.stickers, config, 0, n)[0] for n in range(256)])))
         self.net.to(device)
 
     def batches(self, start):
@@ -281,7 +281,7 @@ class VAEStage:
 
 # ------------------------------------------------------------------------------------------------ DFGN stage
 @torch.no_grad()
-def cache_latents(vae, vae_hash, data, device, world=1, batch=64):
+def cache_latents(vae, vae_hash, data, world=1, batch=64):
     """Encode every frame of a prepared set once: <data>/latents-<hash>/, mean and log-variance, not standardised."""
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads * world, os.cpu_count()))  # the other ranks wait meanwhile
@@ -289,7 +289,7 @@ def cache_latents(vae, vae_hash, data, device, world=1, batch=64):
     n, side = len(stickers.frames), stickers.size // vae.config.factor
     chunks = (stickers.frames[i:i + batch] for i in range(0, n, batch))
     bar = tqdm(chunks, "encoding latents", total=math.ceil(n / batch), mininterval=2)
-    write_latents(data, vae_hash, n, (vae.config.latent_channels, side, side), (vae.moments(to_tensor(np.array(c))[:, :vae.config.image_channels].to(device)) for c in bar))
+    write_latents(data, vae_hash, n, (vae.config.latent_channels, side, side), (vae.moments(vae.images(to_tensor(np.array(c)))) for c in bar))
     torch.set_num_threads(threads)
 
 
@@ -329,7 +329,7 @@ class DFGNStage:
         self.stickers = training_set(config, preset)
         self.inputs = dict(data=self.stickers.meta["hash"], vae=self.vae_hash)
         if rank == 0 and not latents_ready(config.data, self.vae_hash):
-            cache_latents(vae.to(device), self.vae_hash, config.data, device, world)
+            cache_latents(vae.to(device), self.vae_hash, config.data, world)
         if world > 1:
             dist.barrier()
         self.mean, self.std = vae.latent_mean.cpu()[:, None, None], vae.latent_std.cpu()[:, None, None]
@@ -508,13 +508,15 @@ def train(config):
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             losses, tags = stage.losses(ddp, batch)
         losses.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip)
+        norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip))
         shared = [gather(row, world) for row in (losses.detach().cpu().float(), *tags, torch.tensor([float(bool(stop))]))]
         all_losses, tasks, deciles, stops = (row.numpy() for row in shared)
-        if not (np.isfinite(all_losses).all() and math.isfinite(norm)):
-            where = sorted({TASKS[int(k)] for k in tasks[~np.isfinite(all_losses)]}) if curriculum else "vae"
+        bad = ~np.isfinite(all_losses)
+        if bad.any() or not math.isfinite(norm):
+            what, tasks = ("loss", tasks[bad]) if bad.any() else ("gradient", tasks)
+            where = sorted({TASKS[int(k)] for k in tasks}) if curriculum else "vae"
             saved = f"the last good checkpoint is {run / 'state.pt'}" if (run / "state.pt").is_file() else "nothing was saved yet"
-            raise UserError(f"{run}: loss or gradient is not finite at step {step} ({where}); {saved}; lower --lr")
+            raise UserError(f"{run}: {what} is not finite at step {step} ({where}); {saved}; lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay, current = min(config.ema, (1 + step) / (10 + step)), dict(net.named_parameters())
@@ -522,7 +524,7 @@ def train(config):
 
         seen += len(all_losses)
         window.add("loss", float(all_losses.mean()))
-        window.add("norm", float(norm))
+        window.add("norm", norm)
         for loss, task, decile in zip(all_losses, tasks, deciles):
             if curriculum:
                 window.add(f"task {TASKS[int(task)]}", float(loss))

@@ -347,7 +347,7 @@ def test_a_vae_of_opaque_images(stickers16, tmp_path):
     train.measure_latents(vae, stickers, 0, 64)
     assert np.isfinite(train.vae_psnr(vae, stickers, 8)).all()
     copy = Path(shutil.copytree(stickers16, tmp_path / "set", ignore=shutil.ignore_patterns("latents-*")))
-    train.cache_latents(vae, "e" * 64, copy, torch.device("cpu"))
+    train.cache_latents(vae, "e" * 64, copy)
     assert data.latents_ready(copy, "e" * 64)
 
 
@@ -420,6 +420,14 @@ def test_a_loss_that_is_not_finite_stops(dfgn_argv, tmp_path, monkeypatch):
     assert any(task in str(stop.value) for task in TASKS)
     state = state_of(tmp_path / "run")
     assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["net"].values())
+
+
+def test_a_gradient_that_is_not_finite_stops(dfgn_argv, tmp_path, monkeypatch):
+    """Its loss may well be finite; the weights that it would make must not reach a checkpoint."""
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
+    with pytest.raises(UserError, match="gradient is not finite at step 0") as stop:
+        run_train(*options(dfgn_argv, steps=3, out=tmp_path / "run"))
+    assert any(task in str(stop.value) for task in TASKS) and not (tmp_path / "run/state.pt").exists()
 
 
 def test_poisoned_latents_stop_at_once(dfgn_argv, tiny_vae, tmp_path):
