@@ -23,11 +23,11 @@ data/demo/meta.json: | .venv/ready
 	$(PY) data.py fluent --parts 3 --out data/demo
 
 runs/demo-vae/trained: data/demo/meta.json
-	$(PY) train.py --stage vae --data data/demo --out runs/demo-vae --steps 1000 --batch 4 --lr 2e-3
+	$(PY) train.py --stage vae --data data/demo --out runs/demo-vae --steps 1000 --lr 2e-3
 	touch $@
 
 runs/demo/trained: runs/demo-vae/trained
-	$(PY) train.py --data data/demo --groups smileys-emotion --vae runs/demo-vae/model.safetensors --out runs/demo --steps 1400 --batch 4
+	$(PY) train.py --data data/demo --groups smileys-emotion --vae runs/demo-vae/model.safetensors --out runs/demo --steps 1200
 	touch $@
 
 runs/demo/stickers.png: runs/demo/trained

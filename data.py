@@ -613,13 +613,8 @@ def eval_mask(task, n, T):
                     "prediction_forward": range(forward), "prediction_backward": range(n - backward, n)}[task], T)
 
 
-eval_masks = {task: eval_mask(task, 8, 8) for task in TASKS}
-
-
 def nearest_given(cond_mask):
     """(..., T) mask -> (..., T) index of each frame's nearest given frame, ties to the earlier; its own if none is given."""
-    if torch.is_tensor(cond_mask):
-        return torch.from_numpy(nearest_given(cond_mask.detach().cpu().numpy())).to(cond_mask.device)
     given = np.asarray(cond_mask)[..., None, :] > 0                          # (..., 1, T)
     own = np.arange(given.shape[-1])
     distance = np.where(given, np.abs(own[:, None] - own), len(own))         # (..., T, T)

@@ -8,12 +8,13 @@ UNet, whose state-dict names the VAE keeps); DDPM (schedule); progressive distil
 Shapes: a clip is (B, T, C, H, W); inside the networks frames are folded into the batch, (B*T, C, h, w), by `flatten(0, 1)`.
 `loss_mask (B, T)` is 1 where a frame is real. Every layer that mixes frames masks the others out.
 """
-from dataclasses import asdict, dataclass, field
+import functools
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 
 
 # ------------------------------------------------------------------------------------------------ configs
@@ -28,10 +29,22 @@ class VAEConfig:
     groups: int = 16                      # groups of GroupNorm
     shortcut: bool = True                 # linear path beside encoder and decoder, begun as principal components; SD has none
     kl_weight: float = 1e-7
+    fold: int = 2                         # fold x fold latent cells become one cell of `channels` principal components; 1: as they are
 
     @property
     def factor(self):
+        """Pixels a side of a latent cell."""
         return self.patch * 2 ** (len(self.widths) - 1)
+
+    @property
+    def channels(self):
+        """Channels of standardised latents, what the DFGN works on."""
+        return self.latent_channels * self.fold ** 2
+
+    @property
+    def side(self):
+        """Cells a side of standardised latents."""
+        return self.size // (self.factor * self.fold)
 
 
 @dataclass
@@ -45,9 +58,9 @@ class TextConfig:
 
 @dataclass
 class DFGNConfig:
-    channels: int = 12                    # latent channels; the input has twice as many (noisy + known)
-    patch: int = 4                        # latent cells folded into channels before the stem; 1: none
-    widths: tuple = (128, 256)            # channels a level
+    channels: int = 48                    # channels of standardised latents; the input has twice as many (noisy + known)
+    patch: int = 1                        # latent cells folded into channels before the stem; 1: none
+    widths: tuple = (96, 192)             # channels a level
     layers: int = 1                       # layers a level on the way down (one more on the way up)
     head_dim: int = 32                    # width of an attention head
     stem_heads: int = 2                   # heads of the temporal transformer after the stem
@@ -57,10 +70,10 @@ class DFGNConfig:
     sti_heads: int = 2                    # heads of the semantic branch
     sti_head_dim: int = 32
     temporal: str = "sti"                 # sti: the paper's layer; conv3d: its ablation DFGN(3D-Conv)
-    known_fill: str = "nearest"           # what unknown frames see: zeros, or the nearest given frame
-    relative: bool = True                 # diffuse the difference to the nearest given frame
+    known_fill: str = "nearest"           # what unknown frames are told of the given ones: zeros, nearest, blend, loop (see `fill`)
+    base: str = "loop"                    # what the network diffuses the difference to, where frames are given: likewise
     pool_text: bool = True                # add the mean text feature to the time embedding
-    gate: bool = True                     # two outputs: a gate on the linear estimate of z0 from z_t, and what to add (v only)
+    gate: bool = True                     # network beside the linear estimate of z0 from z_t: two outputs, a gate on it and what to add (v only)
 
 
 @dataclass
@@ -71,6 +84,7 @@ class DiffusionConfig:
     schedule: str = "linear"              # linear (paper), scaled_linear
     prediction: str = "v"                 # eps (paper), v
     shared_noise: float = 0.0             # share of the noise's variance that all frames of a clip have in common
+    terminal: float = 2e-5                # alphas_cumprod at the last step: next to nothing of the clip is left there; 0: as it comes
     max_weight: float = 5.0               # v only: largest weight of z0's squared error (low noise); 0: as it comes
 
 
@@ -85,7 +99,11 @@ class Config:
 
     @staticmethod
     def from_dict(d):
+        """The inverse of to_dict; parts that d lacks are the defaults. KeyError for a part that lacks a field: its default may have changed."""
         parts = {"vae": VAEConfig, "text": TextConfig, "dfgn": DFGNConfig, "diffusion": DiffusionConfig}
+        for part, values in d.items():
+            if missing := [f.name for f in fields(parts[part]) if f.name not in values] if part in parts else []:
+                raise KeyError(f"{part}.{missing[0]} is missing")
         tup = lambda part: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
         return Config(**{k: parts[k](**tup(v)) if k in parts else v for k, v in d.items()})
 
@@ -152,15 +170,43 @@ def sinusoid(positions, width):
     return F.pad(torch.cat([args.cos(), args.sin()], dim=-1), (0, width % 2))
 
 
-def fill_nearest(z, cond_mask):
-    """Every frame replaced by the nearest given one (the earlier of two); zeros where none is given.
+def dct_matrix(n):
+    """Orthonormal cosine transform (n, n): row k holds the k-th cosine, DCT-II."""
+    k, i = torch.arange(n)[:, None], torch.arange(n)[None]
+    return torch.cos(torch.pi / n * (i + 0.5) * k) * torch.where(k == 0, 1.0, 2.0 ** 0.5) / n ** 0.5
 
-    z (B, T, C, h, w), cond_mask (B, T) -> (B, T, C, h, w)."""
-    frames = torch.arange(z.shape[1], device=z.device)
-    distance = (frames[:, None] - frames).abs() + (1 - cond_mask)[:, None, :] * 2 * z.shape[1]  # (B, T, T)
-    index = distance.argmin(-1)
-    filled = z.gather(1, index[:, :, None, None, None].expand_as(z))
-    return filled * cond_mask.amax(1)[:, None, None, None, None]
+
+def fill(z, cond_mask, how, frames=None):
+    """Every frame replaced by what the given ones say of it; zeros where none is given.
+
+    z (B, T, C, h, w), cond_mask (B, T), frames (B,) real frames of each clip (default T) -> (B, T, C, h, w). how:
+    zeros    the given frames alone
+    nearest  the nearest given one (the earlier of two)
+    blend    the given ones before and after, mixed linearly by distance; the nearest at the ends
+    loop     likewise, and after the last frame comes the first"""
+    if how not in ("zeros", "nearest", "blend", "loop"):
+        raise ValueError(f"fill {how!r} is unknown: zeros, nearest, blend or loop")
+    given, T = z.where(cond_mask[:, :, None, None, None] > 0, 0), z.shape[1]
+    if how == "zeros":
+        return given
+    places = torch.arange(T, device=z.device)
+    ahead = places - places[:, None]                            # (T, T): how far the second frame lies after the first
+    absent = (1 - cond_mask)[:, None, :] * 3 * T                # (B, 1, T)
+    pick = lambda distance: F.one_hot((distance + absent).argmin(-1), T).to(z)
+    if how == "nearest":
+        weights = pick(ahead.abs())
+    else:
+        if how == "loop":
+            n = torch.full_like(cond_mask[:, 0], T) if frames is None else frames
+            back, forth = -ahead % n[:, None, None], ahead % n[:, None, None]
+        else:                                                   # the wrong way is far; both ways far at the ends: the nearest
+            back, forth = (torch.where(way < 0, 2 * T, way) for way in (-ahead, ahead))
+        before, after = pick(back), pick(forth)
+        gaps = [(chosen * distance).sum(-1, keepdim=True) for chosen, distance in ((before, back), (after, forth))]  # (B, T, 1)
+        share = gaps[0] / (gaps[0] + gaps[1]).clamp_min(1)
+        weights = (1 - share) * before + share * after
+        weights = torch.where(torch.maximum(*gaps) < 2 * T, weights, pick(ahead.abs()))
+    return torch.einsum("bts,bschw->btchw", weights, given)
 
 
 # ------------------------------------------------------------------------------------------------ VAE
@@ -272,9 +318,10 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """AutoencoderKL of latent diffusion. Images (N, C, H, W) in [-1, 1]; latents (N, c, H/f, W/f).
 
-    `latent_mean` and `latent_std` (c,) standardise latents; train.py measures them when the training ends. The deviation is one
+    `latent_mean` and `latent_std` standardise latents; train.py measures them when the training ends. The deviation is one
     number for all channels, as Stable Diffusion's scaling factor is (its weights: mean 0, std 1 / 0.18215), so that channels
-    keep the weight that they have in pixels."""
+    keep the weight that they have in pixels. With `fold`, p x p cells become one first, turned then by `latent_axes` to their principal
+    components: an orthogonal map, after which neighbouring cells' common part and their differences are channels of their own."""
 
     def __init__(self, config):
         super().__init__()
@@ -287,8 +334,10 @@ class VAE(nn.Module):
             self.shortcut_in = nn.Conv2d(c.image_channels, c.latent_channels, f, stride=f)
             self.shortcut_out = nn.ConvTranspose2d(c.latent_channels, c.image_channels, f, stride=f)
             zero_(self.quant_conv), zero_(self.decoder.conv_out)
-        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
-        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+        self.register_buffer("latent_mean", torch.zeros(config.channels))
+        self.register_buffer("latent_std", torch.ones(config.channels))
+        if config.fold > 1:
+            self.register_buffer("latent_axes", torch.eye(config.channels))
 
     def images(self, x):
         """Images (N, 4, H, W), premultiplied RGBA, as this VAE takes them: its channels alone, on its device."""
@@ -318,13 +367,19 @@ class VAE(nn.Module):
         self.shortcut_in.bias.copy_(-(axes / scale * mean.view_as(axes[0])).sum((1, 2, 3)))
         self.shortcut_out.bias.copy_(mean.view_as(axes[0]).mean((1, 2)))
 
+    def standardise(self, z):
+        """Latents (N, c, h, w) as `moments` gives them -> what the DFGN works on (N, c * p * p, h / p, w / p), p = fold."""
+        z = (F.pixel_unshuffle(z, self.config.fold) - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+        return torch.einsum("dc,nchw->ndhw", self.latent_axes, z) if self.config.fold > 1 else z
+
     def encode(self, x):
-        """Images (N, C, H, W) -> standardised mean latents (N, c, h, w)."""
-        return (self.moments(x)[0] - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+        """Images (N, C, H, W) -> standardised mean latents."""
+        return self.standardise(self.moments(x)[0])
 
     def decode(self, z):
-        """Standardised latents (N, c, h, w) -> images (N, C, H, W), not clamped."""
-        return self.reconstruct(z * self.latent_std[:, None, None] + self.latent_mean[:, None, None])
+        """Standardised latents -> images (N, C, H, W), not clamped."""
+        z = torch.einsum("dc,ndhw->nchw", self.latent_axes, z) if self.config.fold > 1 else z
+        return self.reconstruct(F.pixel_shuffle(z * self.latent_std[:, None, None] + self.latent_mean[:, None, None], self.config.fold))
 
     def forward(self, x, noise):
         """One training pass: reconstruction (N, C, H, W), mean and log-variance. noise like the latents."""
@@ -514,11 +569,12 @@ class KnownEncoder(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.convs = nn.Sequential(nn.Conv2d(channels + 1, 16, 3, padding=1), nn.SiLU(),
-                                   nn.Conv2d(16, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, channels, 3, padding=1))
-        self.widen = nn.Linear(channels, 16)
-        self.attn = Attention(16, 1, 16)
-        self.narrow = zero_(nn.Linear(16, channels))
+        self.width = width = max(16, channels)
+        self.convs = nn.Sequential(nn.Conv2d(channels + 1, width, 3, padding=1), nn.SiLU(),
+                                   nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
+        self.widen = nn.Linear(channels, width)
+        self.attn = Attention(width, 1, width)
+        self.narrow = zero_(nn.Linear(width, channels))
 
     def forward(self, known, cond_mask, clip):
         """known (B, T, c, h, w), cond_mask (B, T) -> (B*T, c, h, w)."""
@@ -526,7 +582,7 @@ class KnownEncoder(nn.Module):
         x = self.convs(torch.cat([known, given], 2).flatten(0, 1))
         cells = x.shape[2] * x.shape[3]
         h = self.widen(rearrange(x, "(b t) c h w -> (b h w) t c", t=clip.frames))
-        h = h + sinusoid(torch.arange(clip.frames, device=x.device), 16).to(h.dtype)
+        h = h + sinusoid(torch.arange(clip.frames, device=x.device), self.width).to(h.dtype)
         h = self.narrow(self.attn(h, mask=clip.real.repeat_interleave(cells, 0)))
         return x + rearrange(h, "(b h w) t c -> (b t) c h w", h=x.shape[2], w=x.shape[3])
 
@@ -535,7 +591,8 @@ class DFGN(nn.Module):
     """Discrete Frame Generation Network (paper Fig. 1): a UNet over the latents of a clip.
 
     forward: z_t (B, T, c, h, w) noisy latents, t (B,) int64, context (B, L, D) text features, known (B, T, c, h, w)
-    latents of the given frames, cond_mask and loss_mask (B, T) -> prediction (B, T, c, h, w), or (B, T, 2c, h, w) with `gate`."""
+    latents of the given frames, cond_mask and loss_mask (B, T) -> prediction (B, T, c, h, w). With `gate` z_t has 2c channels
+    (beside the noisy latents their linear estimate, see RDTF), and so has the prediction."""
 
     def __init__(self, c):
         super().__init__()
@@ -545,7 +602,7 @@ class DFGN(nn.Module):
         self.known = KnownEncoder(c.channels)
         self.time = nn.Sequential(nn.Linear(w[0], self.time_width), nn.SiLU(), nn.Linear(self.time_width, self.time_width))
         self.text_pool = nn.Linear(c.text_width, self.time_width) if c.pool_text else None
-        self.stem = nn.Conv2d(2 * folded, w[0], 3, padding=1)
+        self.stem = nn.Conv2d((2 + c.gate) * folded, w[0], 3, padding=1)
         self.stem_temporal = TemporalTransformer(w[0], c.stem_heads, c.head_dim, c)
 
         make = lambda cin, cout, level: Layer(cin, cout, self.time_width, c, attend=level < n - 1)
@@ -582,7 +639,7 @@ class DFGN(nn.Module):
     def forward(self, z_t, t, context, known, cond_mask, loss_mask, context_mask=None):
         clip = Clip(loss_mask, self.embed_time(t, context, context_mask), context, context_mask)
         known = self.known(known, cond_mask, clip)
-        x = torch.cat([z_t.flatten(0, 1), known], 1)  # (B*T, 2c, h, w)
+        x = torch.cat([z_t.flatten(0, 1), known], 1)  # (B*T, 2c or 3c, h, w)
         x = self.stem_temporal(self.stem(F.pixel_unshuffle(x, self.config.patch)), clip)
         skips = [x]
         for level, layers in enumerate(self.down):
@@ -605,7 +662,7 @@ class DFGN(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ diffusion
 class Diffusion(nn.Module):
-    """Noise schedule in float64 (paper Table 6) and the change of variables between eps, v and z0."""
+    """Noise schedule in float64 (paper Table 6; `terminal` after Lin et al. 2024) and the change of variables between eps, v and z0."""
 
     def __init__(self, c):
         super().__init__()
@@ -614,7 +671,11 @@ class Diffusion(nn.Module):
             raise ValueError(f"schedule {c.schedule!r} or prediction {c.prediction!r} is unknown")
         power = 1.0 if c.schedule == "linear" else 0.5
         betas = torch.linspace(c.beta_start ** power, c.beta_end ** power, c.steps, dtype=torch.float64) ** (1 / power)
-        self.register_buffer("alphas_cumprod", (1 - betas).cumprod(0), persistent=False)
+        alphas = (1 - betas).cumprod(0)
+        if c.terminal:  # shift and scale the square roots: the first stays, the last becomes sqrt(terminal)
+            root = alphas.sqrt()
+            alphas = ((root - root[-1]) * (root[0] - c.terminal ** 0.5) / (root[0] - root[-1]) + c.terminal ** 0.5) ** 2
+        self.register_buffer("alphas_cumprod", alphas, persistent=False)
 
     def coefficients(self, t, dtype=torch.float32):
         """sqrt(alphas_cumprod) and sqrt(1 - alphas_cumprod) at t (B,), each (B, 1, 1, 1, 1)."""
@@ -646,16 +707,26 @@ class Diffusion(nn.Module):
         return noise if a == 0 else (1 - a) ** 0.5 * noise + a ** 0.5 * shared
 
 
+def exact(method):
+    """A method whose matrix products autocast must leave in float32."""
+    @functools.wraps(method)
+    def wrapped(self, x, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return method(self, x, *args)
+    return wrapped
+
+
 class RDTF(nn.Module):
     """Text encoder, DFGN and schedule: what train.py trains and sample.py asks for eps.
 
-    With `relative`, the network works on the difference to the nearest given frame, r_t = z_t - sqrt(alphas_cumprod) * base
+    With a `base`, the network works on the difference to what the given frames say, r_t = z_t - sqrt(alphas_cumprod) * base
     = sqrt(alphas_cumprod) (z0 - base) + sigma * noise: the noise, and so eps, is that of z_t, and samplers need not know.
 
-    With `gate`, z0 is estimated as a gate times the best linear estimate from r_t, plus a correction, both by the network and both
-    in units of the data's deviation, a channel at a time (after Karras et al. 2022). Noise that must be taken out, where nothing
-    moves say, then need not pass through the network, whose channels are fewer than the noise's numbers. `data_std` (2, c)
-    are the deviations of z0 and of its difference to the nearest given frame; train.py measures them."""
+    With `gate`, z0 is what the network makes of the best linear estimate from r_t (`linear_estimate`): a gate times it plus a
+    correction in units of the data's deviation (after Karras et al. 2022). What is alike in all frames and smooth in a frame is then
+    taken from the noise in closed form, and the network starts from there. `data_std` (2, 2, c, h, w) are the deviations of z0 and
+    of z0 - base, each of a clip's mean and of the frames' differences from it, per coefficient of the cosine transform over cells;
+    train.py measures them."""
 
     def __init__(self, config):
         super().__init__()
@@ -665,20 +736,66 @@ class RDTF(nn.Module):
         self.diffusion = Diffusion(config.diffusion)
         if config.dfgn.gate and config.diffusion.prediction != "v":
             raise ValueError("dfgn.gate needs diffusion.prediction=v")
-        if config.dfgn.known_fill not in ("zeros", "nearest") or config.text.kind not in ("small", "open_clip"):
-            raise ValueError(f"known_fill {config.dfgn.known_fill!r} or text kind {config.text.kind!r} is unknown")
-        self.register_buffer("data_std", torch.ones(2, config.dfgn.channels))
+        if config.text.kind not in ("small", "open_clip"):
+            raise ValueError(f"text kind {config.text.kind!r} is unknown")
+        for ours, theirs in (("vae.channels", "dfgn.channels"), ("text.width", "dfgn.text_width")):
+            values = [getattr(getattr(config, part), key) for part, key in (name.split(".") for name in (ours, theirs))]
+            if values[0] != values[1]:
+                raise ValueError(f"{ours} is {values[0]}, {theirs} is {values[1]}; they must be equal")
+        side, unit = config.vae.side, config.vae.factor * config.vae.fold * config.dfgn.patch * 2 ** (len(config.dfgn.widths) - 1)
+        if config.vae.size % unit:
+            raise ValueError(f"vae.size is {config.vae.size}, not a multiple of {unit}, as its factor and fold, dfgn.patch and dfgn.widths need")
+        if min(config.dfgn.widths) < config.dfgn.head_dim:
+            raise ValueError(f"dfgn.head_dim is {config.dfgn.head_dim}, dfgn.widths {config.dfgn.widths} are too narrow for one head")
+        for how in (config.dfgn.known_fill, config.dfgn.base):
+            fill(torch.zeros(1, 1, 1, 1, 1), torch.zeros(1, 1), how)  # refuses an unknown word
+        if config.dfgn.gate:
+            self.register_buffer("data_std", torch.ones(2, 2, config.dfgn.channels, side, side))
+            self.register_buffer("cosines", dct_matrix(side), persistent=False)
 
     def encode_text(self, tokens):
         """tokens (B, L) -> features (B, L', D), mask (B, L'). Features of a frozen tower pass as they are, mask None."""
         return self.text(tokens) if self.text is not None else (tokens, None)
 
-    def bases(self, z, cond_mask):
+    @exact
+    def bases(self, z, cond_mask, loss_mask):
         """What the network is told of the given frames (known), and what it is asked the difference to (base)."""
-        given = z * cond_mask[:, :, None, None, None]
-        nearest = fill_nearest(given, cond_mask)
-        base = nearest if self.config.dfgn.relative else torch.zeros_like(z)
-        return (nearest if self.config.dfgn.known_fill == "nearest" else given), base
+        c, frames = self.config.dfgn, loss_mask.sum(1)
+        return fill(z, cond_mask, c.known_fill, frames), torch.zeros_like(z) if c.base == "zeros" else fill(z, cond_mask, c.base, frames)
+
+    @exact
+    def spectrum(self, x, weights):
+        """Cosine transform over cells of x (B, T, c, h, w) -> its weighted mean over frames (B, 1, c, h, w), and what is left of each frame.
+
+        weights (B, T): frames of weight 0 are not looked at."""
+        w = weights[:, :, None, None, None]
+        spectrum = torch.einsum("ui,vj,btcij->btcuv", self.cosines, self.cosines, x.where(w > 0, 0))
+        mean = (spectrum * w).sum(1, keepdim=True) / w.sum(1, keepdim=True).clamp_min(1)
+        return mean, (spectrum - mean) * w
+
+    @exact
+    def linear_estimate(self, r_t, signal, sigma, std, weights):
+        """Posterior mean of z0 (B, T, c, h, w), were it Gaussian with deviations std (B, 2, c, h, w); zero in frames of weight 0."""
+        n = weights.sum(1).clamp_min(1)[:, None, None, None, None]
+        mean, rest = self.spectrum(r_t, weights)
+        shrink = lambda s, noise: signal * s ** 2 / (signal ** 2 * s ** 2 + noise)
+        estimate = shrink(std[:, :1], sigma ** 2 / n) * mean + shrink(std[:, 1:], sigma ** 2) * rest
+        return torch.einsum("ui,vj,btcuv->btcij", self.cosines, self.cosines, estimate * weights[:, :, None, None, None])
+
+    @torch.no_grad()
+    def measure(self, z0, cond_mask, loss_mask):
+        """Set data_std from clips (B, T, c, h, w) under the masks of all tasks; those with nothing given serve z0 alone.
+
+        In a set of stills nothing is ever given: the deviations of z0 then stand for those of z0 - base."""
+        given = cond_mask.amax(1) > 0
+        if not given.any():
+            given, cond_mask = given | True, cond_mask * 0
+        for row, (x, weights) in enumerate([(z0, loss_mask), ((z0 - self.bases(z0, cond_mask, loss_mask)[1])[given], (loss_mask * (1 - cond_mask))[given])]):
+            mean, rest = self.spectrum(x, weights)
+            n = weights.sum(1)
+            self.data_std[row, 0] = mean[:, 0].square().mean(0).sqrt()
+            self.data_std[row, 1] = (rest.square().sum((0, 1)) / (n - 1).clamp_min(0).sum().clamp_min(1)).sqrt()
+        self.data_std.clamp_min_(1e-3)  # a channel that never changes is no reason to divide by zero
 
     def predict(self, r_t, t, context, context_mask, known, cond_mask, loss_mask):
         """eps or v of r_t (B, T, c, h, w), float32."""
@@ -686,24 +803,26 @@ class RDTF(nn.Module):
         if not self.config.dfgn.gate:
             return net(r_t)
         signal, sigma = self.diffusion.coefficients(t, r_t.dtype)
-        relative = (cond_mask.amax(1) * self.config.dfgn.relative).long()
-        std = self.data_std[relative][:, None, :, None, None]  # (B, 1, c, 1, 1)
-        scale = (signal ** 2 * std ** 2 + sigma ** 2).sqrt()    # deviation of r_t
-        value, gate = net(r_t / scale).chunk(2, dim=2)
-        z0 = 2 * gate.sigmoid() * (signal * std ** 2 / scale ** 2) * r_t + std * value
+        relative = cond_mask.amax(1) * (self.config.dfgn.base != "zeros")
+        unknown = loss_mask * (1 - cond_mask * relative[:, None])  # elsewhere z0 - base is nothing
+        std = self.data_std[relative.long()]
+        estimate = self.linear_estimate(r_t, signal, sigma, std, unknown)
+        each = std.square().sum(1, keepdim=True).mean((3, 4), keepdim=True).sqrt()  # (B, 1, c, 1, 1): deviation of a cell
+        value, gate = net(torch.cat([r_t / (signal ** 2 * each ** 2 + sigma ** 2).sqrt(), estimate / each], 2)).chunk(2, dim=2)
+        z0 = (2 * gate.sigmoid() * estimate + each * value) * unknown[:, :, None, None, None]
         return (signal * r_t - z0) / sigma
 
     def eps(self, z_t, t, context, context_mask, z_known, cond_mask, loss_mask):
         """Predicted noise (B, T, c, h, w) at z_t; z_known holds the given frames' latents where cond_mask is 1."""
         cond_mask = cond_mask * loss_mask  # padding is never given
-        known, base = self.bases(z_known, cond_mask)
+        known, base = self.bases(z_known, cond_mask, loss_mask)
         r_t = z_t - self.diffusion.coefficients(t, z_t.dtype)[0] * base
         return self.diffusion.to_eps(self.predict(r_t, t, context, context_mask, known, cond_mask, loss_mask), r_t, t)
 
     def forward(self, z0, tokens, t, noise, cond_mask, loss_mask):
         """Loss of each clip (B,): the weighted squared error, mean over its real frames alone, whatever T is."""
         cond_mask = cond_mask * loss_mask
-        known, base = self.bases(z0, cond_mask)
+        known, base = self.bases(z0, cond_mask, loss_mask)
         r_t = self.diffusion.add_noise(z0 - base, noise, t)
         pred = self.predict(r_t, t, *self.encode_text(tokens), known, cond_mask, loss_mask)
         error = ((pred - self.diffusion.target(z0 - base, noise, t)) ** 2).mean((2, 3, 4))  # (B, T)
@@ -715,15 +834,15 @@ PRESETS = {
     "tiny": Config(  # tests: seconds
         name="tiny", vae=VAEConfig(size=16, patch=1, widths=(8, 16, 16), latent_channels=4, groups=4),
         text=TextConfig(width=16, layers=1),
-        dfgn=DFGNConfig(channels=4, patch=2, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_heads=2, sti_head_dim=8)),
+        dfgn=DFGNConfig(channels=16, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_heads=2, sti_head_dim=8)),
     "mini": Config(),  # 2 CPU cores, 64 px
     "paper": Config(  # Table 6: 0.960 B parameters, 256 px, the VAE of Stable Diffusion
         name="paper",
-        vae=VAEConfig(size=256, image_channels=3, patch=1, widths=(128, 256, 512, 512), latent_channels=4, layers=2, groups=32, shortcut=False, kl_weight=1e-6),
+        vae=VAEConfig(size=256, image_channels=3, patch=1, widths=(128, 256, 512, 512), latent_channels=4, layers=2, groups=32, shortcut=False, kl_weight=1e-6, fold=1),
         text=TextConfig(kind="open_clip", width=1024, layers=24),
         dfgn=DFGNConfig(channels=4, patch=1, widths=(320, 640, 1024, 1280), layers=2, head_dim=64, stem_heads=8, ff_mult=4, text_width=1024, groups=32,
-                        sti_heads=8, sti_head_dim=32, known_fill="zeros", relative=False, pool_text=False, gate=False),
-        diffusion=DiffusionConfig(prediction="eps", max_weight=0.0)),
+                        sti_heads=8, sti_head_dim=32, known_fill="zeros", base="zeros", pool_text=False, gate=False),
+        diffusion=DiffusionConfig(prediction="eps", terminal=0.0, max_weight=0.0)),
 }
 
 

@@ -6,7 +6,7 @@
     python sample.py --frames a.gif --task interpolation                    # also prediction_forward, prediction_backward
     python sample.py --prompt "fire" --for signal                           # as that platform wants it
 
-Frames that are given come back exactly. Sample k depends on (--seed, k) alone: not on the batch size.
+Frames that are given come back exactly (in .webp and .png, at the preset's size). Sample k depends on (--seed, k) alone: not on the batch size.
 """
 import argparse
 import io
@@ -26,9 +26,9 @@ from train import file_hash, load_model
 
 PLATFORMS = {  # file type, side in pixels, bytes, seconds
     "whatsapp": (".webp", 512, 450_000, 10), "signal": (".png", 512, 300_000, 3), "discord": (".png", 320, 512_000, 60)}
-DEFAULTS = dict(steps=50, eta=1.0, text_scale=7.5, image_scale=7.5)     # paper Table 6
-MINI = dict(steps=25, eta=0.0, text_scale=3.0, image_scale=1.0)
-MINI_GIVEN = dict(MINI, text_scale=1.0)                                 # with given frames: captions of new concepts mislead
+DEFAULTS = dict(steps=50, spacing="uniform", eta=1.0, text_scale=7.5, image_scale=7.5)     # paper Table 6
+MINI = dict(steps=25, spacing="uniform", eta=0.0, text_scale=3.0, image_scale=1.0)
+MINI_GIVEN = dict(MINI, steps=2, text_scale=1.0)   # with given frames: more steps make livelier and less likely motion, captions of new concepts mislead
 
 
 class Sampler:
@@ -45,19 +45,21 @@ class Sampler:
         self.T, self.size = net.config.frames, net.config.vae.size
 
     def settings(self, given, **changes):
-        """Steps, eta and guidance scales of the preset, for clips with or without given frames; None changes nothing."""
+        """Steps, their spacing, eta and guidance scales of the preset, for clips with or without given frames; None changes nothing."""
         own = {False: MINI, True: MINI_GIVEN}[given] if self.config.name == "mini" else DEFAULTS
+        if changes.get("eta") is not None and not 0 <= changes["eta"] <= 1:
+            raise UserError(f"--eta {changes['eta']}: choose 0 (no fresh noise) to 1 (as much as DDPM)")
         return {k: own[k] if changes.get(k) is None else changes[k] for k in own}
 
     @torch.no_grad()
-    def sample(self, prompts, seeds, frames=None, cond_mask=None, steps=None, eta=None, text_scale=None, image_scale=None, detail=True):
+    def sample(self, prompts, seeds, frames=None, cond_mask=None, steps=None, spacing=None, eta=None, text_scale=None, image_scale=None, detail=True):
         """Clips (B, T, S, S, 4) uint8 for B prompts ("" = no text).
 
         seeds: B tuples of integers, one generator each. frames (B, T, S, S, 4) uint8 straight RGBA and cond_mask (B, T) give
         the known frames (others are ignored). None for a number takes the preset's default."""
-        B, side = len(prompts), self.size // self.config.vae.factor
+        B, side = len(prompts), self.config.vae.side
         mask = torch.zeros(B, self.T) if cond_mask is None else torch.as_tensor(np.asarray(cond_mask), dtype=torch.float32)
-        d = self.settings(bool(mask.any()), steps=steps, eta=eta, text_scale=text_scale, image_scale=image_scale)
+        d = self.settings(bool(mask.any()), steps=steps, spacing=spacing, eta=eta, text_scale=text_scale, image_scale=image_scale)
         known = torch.zeros(B, self.T, self.config.dfgn.channels, side, side)
         if mask.any():
             x = torch.stack([to_tensor(f) for f in frames])  # (B, T, 4, S, S)
@@ -67,7 +69,9 @@ class Sampler:
         z = ddim(self.net, tokenize(prompts), known.to(self.device), mask.to(self.device), rngs, **d)
         y = self.vae.decode(z.flatten(0, 1)).unflatten(0, (B, self.T)).float().cpu()
         if mask.any():
-            y = keep_given(y, x, self.vae.decode(known.flatten(0, 1).to(self.device)).unflatten(0, (B, self.T)).cpu(), mask, detail)
+            decoded = torch.zeros_like(y)
+            decoded[given] = self.vae.decode(known[given].to(self.device)).float().cpu()
+            y = keep_given(y, x, decoded, mask, detail)
         if y.shape[2] == 3:  # a VAE without alpha, as Stable Diffusion's: opaque
             y = torch.cat([y, torch.ones_like(y[:, :, :1])], 2)
         out = to_rgba(y)
@@ -112,11 +116,13 @@ def guided_eps(net, z_t, t, text, empty, known, cond_mask, terms):
     return (eps.unflatten(0, (n, B)) * weights.view(-1, 1, 1, 1, 1, 1)).sum(0)
 
 
-def timesteps(total, steps):
-    """`steps` timesteps from the last down, evenly spaced."""
+def timesteps(total, steps, spacing="uniform"):
+    """`steps` timesteps from the last down: uniform, or quadratic (denser at low noise, where fine detail is decided)."""
     if not 1 <= steps <= total:
         raise UserError(f"--steps {steps}: choose 1 to {total}")
-    return np.round(np.arange(steps, 0, -1) * total / steps).astype(int) - 1
+    left = np.arange(steps, 0, -1)
+    share = {"uniform": left / steps, "quadratic": (left / steps) ** 2}[spacing]
+    return np.maximum(np.round(total * share).astype(int), left) - 1  # no timestep twice
 
 
 def ddim_step(diffusion, z_t, eps, t, t_next, eta, noise):
@@ -128,7 +134,7 @@ def ddim_step(diffusion, z_t, eps, t, t_next, eta, noise):
     return a_next ** 0.5 * z0 + max(1 - a_next - sigma ** 2, 0.0) ** 0.5 * eps + sigma * noise
 
 
-def ddim(net, tokens, known, cond_mask, rngs, steps, eta, text_scale, image_scale):
+def ddim(net, tokens, known, cond_mask, rngs, steps, eta, text_scale, image_scale, spacing="uniform"):
     """Latents (B, T, c, h, w) from noise. known, cond_mask as in RDTF.eps; rngs: one numpy Generator a sample."""
     device = known.device
     draw = lambda: net.diffusion.mix_noise(*(torch.from_numpy(np.stack([g.standard_normal(s, np.float32) for g in rngs])).to(device)
@@ -137,7 +143,7 @@ def ddim(net, tokens, known, cond_mask, rngs, steps, eta, text_scale, image_scal
     terms = branches(text_scale, image_scale, any_text, bool(cond_mask.any()))
     both = net.encode_text(torch.cat([tokens, tokenize([""] * len(tokens))]).to(device))  # one call: one length
     text, empty = (tuple(x[i * len(tokens):(i + 1) * len(tokens)] if x is not None else None for x in both) for i in (0, 1))
-    z, order = draw(), timesteps(net.config.diffusion.steps, steps)
+    z, order = draw(), timesteps(net.config.diffusion.steps, steps, spacing)
     for t, t_next in zip(order, [*order[1:], -1]):
         at = torch.full((len(z),), int(t), device=device)
         eps = guided_eps(net, z, at, text, empty, known, cond_mask, terms)
@@ -223,7 +229,8 @@ def parse(argv):
     parser.add_argument("--num", type=int, default=1, help="stickers per prompt")
     parser.add_argument("--batch", type=int, default=8, help="stickers made at once; changes nothing but speed and memory")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="DDIM steps (paper 50; mini 25)")
+    parser.add_argument("--steps", type=int, help="DDIM steps (paper 50; mini 25, with given frames 2)")
+    parser.add_argument("--spacing", choices=("uniform", "quadratic"), help="of the DDIM steps (default: uniform)")
     parser.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1 (paper 1; mini 0)")
     parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 3, with given frames 1)")
     parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 1)")
@@ -262,8 +269,6 @@ def main(argv=None):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
-    if args.eta is not None and not 0 <= args.eta <= 1:
-        raise UserError(f"--eta {args.eta}: choose 0 (no fresh noise) to 1 (as much as DDPM)")
     names = [slug(p) for p in args.prompt for _ in range(args.num)] or [Path(args.image or args.frames).stem + "-sticker"] * args.num
     paths = output_paths(args, names)
     sampler = Sampler(args.model, args.vae)
@@ -273,7 +278,7 @@ def main(argv=None):
     for i in tqdm(range(0, len(prompts), args.batch), f"{task}, {len(prompts)} stickers"):
         chunk = range(i, min(i + args.batch, len(prompts)))
         given = {} if frames is None else dict(frames=np.stack([frames] * len(chunk)), cond_mask=np.stack([mask] * len(chunk)))
-        clips += list(sampler.sample([prompts[k] for k in chunk], [(args.seed, k) for k in chunk], **given, steps=args.steps, eta=args.eta,
+        clips += list(sampler.sample([prompts[k] for k in chunk], [(args.seed, k) for k in chunk], **given, steps=args.steps, spacing=args.spacing, eta=args.eta,
                                      text_scale=args.text_scale, image_scale=args.image_scale, detail=args.detail))
     for clip, path in zip(clips, paths):
         path.parent.mkdir(parents=True, exist_ok=True)

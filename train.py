@@ -34,7 +34,7 @@ from tqdm import tqdm
 from curriculum import Curriculum
 from data import (TASKS, ClipDataset, StepSampler, StickerSet, UserError, cond_mask, fit_task, latents_ready, open_latents, rng_for,
                   run_cli, to_tensor, tokenize, write_latents)
-from model import PRESETS, RDTF, VAE, Config, fill_nearest
+from model import PRESETS, RDTF, VAE, Config
 
 
 @dataclass
@@ -60,7 +60,7 @@ class TrainConfig:
     pid_raw: bool = False                 # feed the bare loss to the curriculum's PID score
     how: str = "mixed"                    # frames of a clip: kmeans (paper), even, mixed (a coin decides)
     frames: str = "step"                  # k of 3..T is drawn per step (no padding), or per sample (paper)
-    still_share: float = 0.3              # share of the steps that train on single frames
+    still_share: float = 0.5              # share of the steps that train on single frames
     word_dropout: float = 0.2             # a word of a caption becomes "#"
     keywords: float = 0.5                 # keywords are appended to a caption
     text_drop: float = 0.10               # the text alone is dropped
@@ -137,8 +137,8 @@ def load_model(path, kind):
     if metadata.get("kind") != kind:
         raise UserError(f"{path}: holds {metadata.get('kind', 'something else')!r}, {kind!r} is needed")
     try:
-        config = Config.from_dict(metadata["config"])
-        net = VAE(config.vae) if kind == "vae" else RDTF(config)
+        config = metadata["config"]
+        net = VAE(Config.from_dict(dict(vae=config["vae"])).vae) if kind == "vae" else RDTF(Config.from_dict(config))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: its configuration is not of this version of model.py ({error})") from None
     try:
@@ -170,7 +170,7 @@ def resolve_config(preset, changes):
     try:
         with torch.device("meta"):
             RDTF(config), VAE(config.vae)
-    except (ValueError, KeyError) as error:
+    except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
         raise UserError(f"--set {' '.join(changes)}: these do not go together ({error})") from None
     return config
 
@@ -219,17 +219,18 @@ def vae_psnr(vae, stickers, count=256, batch=32):
 
 @torch.no_grad()
 def measure_latents(vae, stickers, seed, count=2048, batch=32):
-    """Set the VAE's latent_mean and latent_std from `count` random frames of the training split."""
-    rng = rng_for(seed, 0, 0, 9)
-    total, squares, n = 0.0, 0.0, 0
-    vae.latent_mean.zero_(), vae.latent_std.fill_(1)
+    """Set the VAE's latent_mean, latent_std and latent_axes from `count` random frames of the training split."""
+    rng, parts = rng_for(seed, 0, 0, 9), []
     for _ in range(0, count, batch):
         records = [stickers.records[i] for i in rng.integers(len(stickers), size=batch)]
         frames = np.concatenate([stickers.clip(r, [rng.integers(r["n"])]) for r in records])
-        z = vae.encode(vae.images(to_tensor(frames))).double()
-        total, squares, n = total + z.sum((0, 2, 3)), squares + (z ** 2).sum((0, 2, 3)), n + z[:, 0].numel()
-    mean = total / n
-    vae.latent_mean.copy_(mean), vae.latent_std.copy_((squares / n - mean ** 2).mean().sqrt())
+        parts.append(vae.moments(vae.images(to_tensor(frames)))[0])
+    z = F.pixel_unshuffle(torch.cat(parts), vae.config.fold).transpose(0, 1).flatten(1).double()  # (c', N*h*w)
+    vae.latent_mean.copy_(z.mean(1))
+    z -= z.mean(1, keepdim=True)
+    vae.latent_std.copy_(z.square().mean().sqrt())
+    if vae.config.fold > 1:
+        vae.latent_axes.copy_(torch.linalg.eigh(z @ z.T).eigenvectors.flip(1).T)  # the largest variance first
 
 
 def training_set(config, preset):
@@ -322,6 +323,9 @@ class DFGNStage:
 
     def __init__(self, config, preset, rank, world, device):
         self.config, self.preset, self.rank, self.world, self.device = config, preset, rank, world, device
+        if preset.text.kind == "open_clip":
+            raise UserError(f"--preset {preset.name}: text.kind=open_clip wants features of OpenCLIP's text tower, which this version cannot "
+                            f"make yet; train with --set text.kind=small")
         vae, self.vae_meta = load_model(config.vae, "vae")
         if asdict(vae.config) != asdict(preset.vae):
             raise UserError(f"--vae {config.vae}: trained as {vae.config}, preset {preset.name} wants {preset.vae}")
@@ -332,23 +336,19 @@ class DFGNStage:
             cache_latents(vae.to(device), self.vae_hash, config.data, world)
         if world > 1:
             dist.barrier()
-        self.mean, self.std = vae.latent_mean.cpu()[:, None, None], vae.latent_std.cpu()[:, None, None]
+        self.vae = vae.cpu()
         self.net = RDTF(preset)
-        self.measure_data()
+        if preset.dfgn.gate:
+            self.measure_data()
         self.net.to(device)
         self.curriculum = Curriculum(config.curriculum, config.steps, config.pid_raw)
 
     @torch.no_grad()
     def measure_data(self, count=512):
-        """Set the network's data_std: deviations of latents, and of unknown frames less the nearest given one, over all tasks."""
+        """Set the network's data_std from clips of the training set under all tasks."""
         clips, T = self.clips(), self.preset.frames
         items = self.collate(-1, [clips[0, n, T] for n in range(count)], np.full(len(TASKS), 1 / len(TASKS)))
-        z, given, real = items["z0"], items["cond_mask"], items["loss_mask"]
-        differences = z - fill_nearest(z * given[:, :, None, None, None], given)
-        rms = lambda x: x.square().mean((0, 2, 3)).sqrt()
-        self.net.data_std[0] = rms(z[real.bool()])
-        unknown = real.bool() & ~given.bool() & (given.amax(1, keepdim=True) > 0)
-        self.net.data_std[1] = rms(differences[unknown])
+        self.net.measure(items["z0"], items["cond_mask"], items["loss_mask"])
 
     def clips(self):
         c = self.config
@@ -368,9 +368,8 @@ class DFGNStage:
         drawn = [draw_condition(self.config, p, step, it["key"], it["n"], T, self.preset.diffusion.steps) for it in items]
         task, masks, keep, t = zip(*drawn)
         rngs = [rng_for(self.config.seed, step, it["key"], 2) for it in items]
-        noise, shared = (torch.from_numpy(np.stack([g.standard_normal((frames, *it["z"].shape[1:]), np.float32) for g, it in zip(rngs, items)]))
-                         for frames in (T, 1))
-        z = (torch.stack([it["z"] for it in items]) - self.mean) / self.std
+        z = self.vae.standardise(torch.cat([it["z"] for it in items])).unflatten(0, (len(items), T))
+        noise, shared = (torch.from_numpy(np.stack([g.standard_normal((frames, *z.shape[2:]), np.float32) for g in rngs])) for frames in (T, 1))
         loss_mask = torch.stack([it["loss_mask"] for it in items])
         return dict(z0=z * loss_mask[:, :, None, None, None], tokens=tokenize([it["text"] if k else "" for it, k in zip(items, keep)]),
                     t=torch.tensor(t), noise=self.net.diffusion.mix_noise(noise, shared), cond_mask=torch.from_numpy(np.stack(masks)), loss_mask=loss_mask, task=torch.tensor(task))
@@ -420,13 +419,21 @@ def read_state(run):
     return None
 
 
-def check_same_config(run, config):
+def check_same_config(run, config, preset):
     """Resuming must not change what is trained; how it is watched may change. Returns the hashes of what it was started with."""
     free = {"workers", "log_every", "save_every", "out"}
     old = json.loads((run / "config.json").read_text())
     for key, value in asdict(config).items():
         if key not in free and old["train"].get(key) != value:
             raise UserError(f"--{key.replace('_', '-')} {value}: {run} was started with {old['train'].get(key)}; go on with that, or name another --out")
+    now = json.loads(json.dumps(preset.to_dict()))
+    for part, values in now.items():
+        before = old["model"].get(part)
+        for key in values if isinstance(values, dict) else ():
+            if not isinstance(before, dict) or before.get(key) != values[key]:
+                raise UserError(f"{run}: started when {part}.{key} was {(before or {}).get(key)}, it is {values[key]} now; name another --out")
+        if not isinstance(values, dict) and before != values:
+            raise UserError(f"{run}: started when {part} was {before}, it is {values} now; name another --out")
     return old["inputs"]
 
 
@@ -439,6 +446,8 @@ def check_options(config):
     for name in ("steps", "batch", "log_every", "save_every"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
+    if config.seed < 0:
+        raise UserError(f"--seed {config.seed}: must be at least 0")
 
 
 def cut_log(path, step):
@@ -459,7 +468,7 @@ def train(config):
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
     started = any((run / name).is_file() for name in ("state.pt", "state.prev.pt"))
-    before = check_same_config(run, config) if started else {}
+    before = check_same_config(run, config, preset) if started else {}
     stage = STAGES[config.stage](config, preset, rank, world, device)
     for key, value in before.items():
         if stage.inputs[key] != value:

@@ -123,10 +123,10 @@ def test_copy_and_blend_by_hand():
     values = lambda x: x.ravel().tolist()
     mask = eval_mask("interpolation", 8, 8)
     assert values(evaluate.copy_nearest(clips, mask)) == [0, 0, 2, 2, 4, 4, 6, 6]
-    assert values(evaluate.blend(clips, mask)) == [0, 1, 2, 3, 4, 5, 6, 6]
+    assert values(evaluate.blend(clips, mask)) == [0, 1, 2, 3, 4, 5, 6, 3]
     assert values(evaluate.copy_nearest(clips, eval_mask("prediction_forward", 8, 8))) == [0, 1, 2, 3, 4, 4, 4, 4]
     third = np.array([0, 1, 0, 0, 1, 0, 0, 0], np.float32)
-    assert values(evaluate.blend(clips, third)) == pytest.approx([1, 1, 2, 3, 4, 4, 4, 4])
+    assert values(evaluate.blend(clips, third)) == pytest.approx([1.6, 1, 2, 3, 4, 3.4, 2.8, 2.2])
 
 
 def test_psnr_is_of_unknown_frames_only():
@@ -136,7 +136,8 @@ def test_psnr_is_of_unknown_frames_only():
     made[:, mask == 0] += 0.1
     values = evaluate.psnr_of("prediction_forward", made, real, real, mask, 0)
     assert values["model"]["mean"] == pytest.approx(20, abs=1e-3) and values["vae"]["mean"] == metrics.PSNR_CAP
-    assert "blend" not in values and len(values["copy"]["clips"]) == 4
+    assert "blend" in values and len(values["copy"]["clips"]) == 4
+    assert "blend" not in evaluate.psnr_of("it2v", made, real, real, eval_mask("it2v", 8, 8), 0)
     assert values["model - copy"]["mean"] == pytest.approx(values["model"]["mean"] - values["copy"]["mean"])
     assert evaluate.psnr_of("t2v", made, real, real, eval_mask("t2v", 8, 8), 0) is None
 
@@ -201,7 +202,7 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
     first = capsys.readouterr().out
     report = json.loads((world[1] / "eval.json").read_text())
     assert list(report["tasks"]) == list(TASKS) and report["n"] == 6 and report["step"] == 7
-    assert report["sampler"]["t2v"] == report["sampler"]["others"] == dict(steps=2, eta=1.0, text_scale=7.5, image_scale=7.5, detail=True)
+    assert report["sampler"]["t2v"] == report["sampler"]["others"] == dict(steps=2, spacing="uniform", eta=1.0, text_scale=7.5, image_scale=7.5, detail=True)
     for word in ("step 7", "n = 6 concepts", "seed 0", "8 evenly spaced frames, 16 px, on white", "FD-app", "FD-mot", "floor", "blend"):
         assert word in first
     assert not any(word in first for word in ("FVD", "VQA", "CLIP"))

@@ -13,8 +13,9 @@ from model import DFGN, PRESETS, RDTF, VAE, Clip, Config, Diffusion, DiffusionCo
 
 
 def tiny(**fields):
-    """The tiny preset with part__field=value changes."""
+    """The tiny preset for latents of 4 x 4 cells, with part__field=value changes."""
     config = PRESETS["tiny"].to_dict()
+    config["vae"]["size"] = 32
     for name, value in fields.items():
         part, key = name.split("__")
         assert key in config[part]
@@ -42,7 +43,7 @@ def latents(B, T, seed=0, side=4):
 
 def clip_inputs(T, B=2, seed=0):
     """z_t, t, context, known, cond_mask for DFGN.forward, without the loss mask."""
-    return dict(z_t=latents(B, T, seed), t=torch.tensor([500, 20])[:B], context=normal(B, 5, PRESETS["tiny"].dfgn.text_width, seed=seed + 1),
+    return dict(z_t=torch.cat([latents(B, T, seed), latents(B, T, seed + 4)], 2), t=torch.tensor([500, 20])[:B], context=normal(B, 5, PRESETS["tiny"].dfgn.text_width, seed=seed + 1),
                 known=latents(B, T, seed + 2), cond_mask=(normal(B, T, seed=seed + 3) > 0).float())
 
 
@@ -109,20 +110,21 @@ def test_main_prints_every_preset(capsys):
 # ---- VAE
 
 @pytest.mark.parametrize("config", [PRESETS["tiny"].vae, VAEConfig(size=16, patch=2, widths=(8, 16), groups=4),
-                                    VAEConfig(size=16, image_channels=3, patch=1, widths=(8, 8, 8, 16), groups=4, shortcut=False)])
+                                    VAEConfig(size=16, image_channels=3, patch=1, widths=(8, 8, 8, 16), groups=4, shortcut=False, fold=1)])
 def test_vae_shapes(config):
     vae = randomise(VAE(config))
     x, side = normal(2, config.image_channels, 16, 16), 16 // config.factor
     mean, logvar = vae.moments(x)
-    assert config.factor in (4, 8) and mean.shape == logvar.shape == vae.encode(x).shape == (2, config.latent_channels, side, side)
-    assert vae.decode(mean).shape == x.shape
+    assert config.factor in (4, 8) and mean.shape == logvar.shape == (2, config.latent_channels, side, side)
+    assert vae.encode(x).shape == (2, config.channels, config.side, config.side) and config.channels * config.side ** 2 == mean[0].numel()
+    assert vae.decode(vae.encode(x)).shape == x.shape
     y, mean_again, _ = vae(x, torch.zeros_like(mean))
     assert torch.equal(mean, mean_again) and torch.allclose(y, vae.reconstruct(mean), atol=1e-5)
     assert (vae(x, torch.ones_like(mean))[0] - y).abs().max() > 1e-4            # the noise is used
 
 
 def test_latents_are_standardised_and_back():
-    vae = randomise(VAE(PRESETS["tiny"].vae))
+    vae = randomise(VAE(tiny(vae__fold=1).vae))
     channels = len(vae.latent_mean)
     vae.latent_mean.copy_(torch.linspace(-2, 3, channels)), vae.latent_std.copy_(torch.linspace(0.5, 4, channels))
     x = normal(2, 4, 16, 16)
@@ -130,6 +132,17 @@ def test_latents_are_standardised_and_back():
     by_hand = torch.stack([(mean[:, i] - vae.latent_mean[i]) / vae.latent_std[i] for i in range(channels)], 1)
     assert torch.allclose(vae.encode(x), by_hand, atol=1e-6)
     assert torch.allclose(vae.decode(vae.encode(x)), vae.reconstruct(mean), atol=1e-5)
+
+
+def test_folded_latents_are_turned_and_back():
+    vae = randomise(VAE(PRESETS["tiny"].vae))
+    vae.latent_mean.copy_(torch.linspace(-2, 3, 16)), vae.latent_std.fill_(2.0)
+    vae.latent_axes.copy_(torch.linalg.qr(normal(16, 16)).Q)
+    x = normal(2, 4, 16, 16)
+    mean = vae.moments(x)[0]
+    cell = torch.stack([mean[1, c, 2 + i, j] for c in range(4) for i in (0, 1) for j in (0, 1)])        # the folded cell at row 1, column 0
+    assert torch.allclose(vae.encode(x)[1, :, 1, 0], vae.latent_axes @ (cell - vae.latent_mean) / 2, atol=1e-5)
+    assert torch.allclose(vae.decode(vae.encode(x)), vae.reconstruct(mean), atol=1e-4)
 
 
 def test_the_downsampler_pads_right_and_below_alone():
@@ -180,10 +193,10 @@ def test_padded_frames_change_no_bit_of_real_ones(temporal, path, monkeypatch):
 
 
 @pytest.mark.parametrize("temporal", ["sti", "conv3d"])
-@pytest.mark.parametrize("relative", [True, False])
-def test_padding_cannot_change_the_loss(temporal, relative):
+@pytest.mark.parametrize("base", ["zeros", "nearest", "loop"])
+def test_padding_cannot_change_the_loss(temporal, base):
     """Nor can what a loader may have left in padded frames."""
-    net = randomise(RDTF(tiny(dfgn__temporal=temporal, dfgn__relative=relative)))
+    net = randomise(RDTF(tiny(dfgn__temporal=temporal, dfgn__base=base)))
     z0, noise, tokens, t = latents(2, 3), latents(2, 3, 1), tokenize(["a red cat", "fire"]), torch.tensor([300, 700])
     cond = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
     with torch.no_grad():
@@ -272,13 +285,21 @@ def test_attention_module_by_hand():
     assert torch.allclose(attn(x, context), attn.to_out(torch.cat(heads, -1)), atol=1e-6)
 
 
-def test_fill_nearest_by_hand():
-    z = torch.arange(6.0).view(1, 6, 1, 1, 1).expand(3, 6, 2, 1, 1) + 10
+def test_fill_by_hand():
+    z = torch.arange(6.0).view(1, 6, 1, 1, 1).expand(3, 6, 2, 1, 1) ** 2 + 10
+    z = torch.where(torch.tensor([0, 1, 0, 0, 1, 0]).view(1, 6, 1, 1, 1) + torch.tensor([0, 1, 1]).view(3, 1, 1, 1, 1) > 0, z, torch.nan)  # not given: not read
     cond = torch.tensor([[0.0, 1, 0, 0, 1, 0], [0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0]])
-    out = model.fill_nearest(z, cond)
-    assert out[:, :, 0, 0, 0].tolist() == [[11, 11, 11, 14, 14, 14], [13] * 6, [0] * 6]
-    assert torch.equal(out[:, :, 0], out[:, :, 1])
-    assert model.fill_nearest(z[:1, :3], torch.tensor([[1.0, 0, 1]]))[0, 1, 0, 0, 0] == 10             # a tie: the earlier
+    hand = dict(zeros=[[0, 11, 0, 0, 26, 0], [0, 0, 0, 19, 0, 0]], nearest=[[11, 11, 11, 26, 26, 26], [19] * 6], blend=[[11, 11, 16, 21, 26, 26], [19] * 6],
+                loop=[[16, 11, 16, 21, 26, 21], [19] * 6])
+    for how, want in hand.items():
+        out = model.fill(z, cond, how)
+        assert torch.allclose(out[:, :, 0, 0, 0], torch.tensor(want + [[0.0] * 6])), how
+        assert torch.equal(out[:, :, 0], out[:, :, 1])
+    assert model.fill(z[1:2, :3], torch.tensor([[1.0, 0, 1]]), "nearest")[0, 1, 0, 0, 0] == 10             # a tie: the earlier
+    padded = model.fill(z[:1], torch.tensor([[0.0, 1, 0, 0, 1, 0]]), "loop", torch.tensor([5.0]))[0, :5, 0, 0, 0]           # five real frames: 4, 0, 1
+    assert torch.allclose(padded, torch.tensor([18.5, 11, 16, 21, 26]))
+    with pytest.raises(ValueError, match="'ones'"):
+        model.fill(z, cond, "ones")
 
 
 def test_text_padding_changes_no_feature():
@@ -307,7 +328,7 @@ def test_text_padding_changes_no_prediction():
 
 @pytest.mark.parametrize("schedule", ["linear", "scaled_linear"])
 def test_schedule(schedule):
-    a = Diffusion(DiffusionConfig(schedule=schedule)).alphas_cumprod
+    a = Diffusion(DiffusionConfig(schedule=schedule, terminal=0.0)).alphas_cumprod
     assert a.dtype == torch.float64 and a.shape == (1000,) and (a[1:] < a[:-1]).all()
     betas = 1 - a[1:] / a[:-1]
     assert 1 - a[0].item() == pytest.approx(0.00085, abs=1e-12) and betas[-1].item() == pytest.approx(0.0120, abs=1e-12)
@@ -317,8 +338,12 @@ def test_schedule(schedule):
 
 def test_the_linear_schedules_end():
     betas = np.linspace(0.00085, 0.0120, 1000)
-    a = Diffusion(DiffusionConfig(schedule="linear")).alphas_cumprod
+    a = Diffusion(DiffusionConfig(schedule="linear", terminal=0.0)).alphas_cumprod
     assert a[-1].item() == pytest.approx(np.prod(1 - betas), rel=1e-9)
+    end = Diffusion(DiffusionConfig(schedule="linear", terminal=1e-4)).alphas_cumprod                 # as much left as wanted
+    assert end[-1].item() == pytest.approx(1e-4, rel=1e-9) and end[0].item() == pytest.approx(a[0].item(), rel=1e-12)
+    ratio = (end.sqrt() - 0.01) / (a.sqrt() - a[-1].sqrt())
+    assert (end[1:] < end[:-1]).all() and torch.allclose(ratio[:-1], ratio[:1].expand(999))
 
 
 @pytest.mark.parametrize("bad", [dict(schedule="cosin"), dict(prediction="x0")])
@@ -352,35 +377,38 @@ def test_the_weight_of_low_noise_is_cut(prediction, limit):
 class Oracle(nn.Module):
     """In DFGN's place: knows the noise and the clip, and gives what makes the target; checks what it is given."""
 
-    def __init__(self, net, z0, noise, base, a, std):
+    def __init__(self, net, z0, noise, base, a, rows):
         super().__init__()
         config = net.config
         r0, self.signal, self.sigma = z0 - base, a.sqrt(), (1 - a).sqrt()
         self.input = self.signal * r0 + self.sigma * noise
         self.output = noise if config.diffusion.prediction == "eps" else self.signal * noise - self.sigma * r0
         if config.dfgn.gate:
+            std = net.data_std[rows].square().sum(1).mean((2, 3)).sqrt()[:, None, :, None, None]
             scale = (a * std ** 2 + 1 - a).sqrt()
             self.input = self.input / scale
             self.output = torch.cat([r0 / std, torch.full_like(r0, -100.0)], 2)                  # gate shut: the correction is all
 
     def forward(self, x, t, context, known, cond_mask, loss_mask, context_mask=None):
-        assert torch.allclose(x, self.input, atol=1e-5)
+        assert torch.allclose(x[:, :, :self.input.shape[2]], self.input, atol=1e-5) and x.shape[2] == self.output.shape[2]
         self.known = known
         return self.output
 
 
 @pytest.mark.parametrize("prediction, gate", [("eps", False), ("v", False), ("v", True)])
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("base", ["blend", "zeros"])
 @pytest.mark.parametrize("known_fill", ["nearest", "zeros"])
-def test_eps_agrees_with_the_loss(prediction, gate, relative, known_fill):
-    net = RDTF(tiny(dfgn__relative=relative, dfgn__known_fill=known_fill, diffusion__prediction=prediction, dfgn__gate=gate))
+def test_eps_agrees_with_the_loss(prediction, gate, base, known_fill):
+    net = RDTF(tiny(dfgn__base=base, dfgn__known_fill=known_fill, diffusion__prediction=prediction, dfgn__gate=gate))
     z0, noise, t, mask = latents(2, 4), latents(2, 4, 1), torch.tensor([300, 800]), torch.ones(2, 4)
-    cond = torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 0]])
-    net.data_std.copy_(torch.linspace(0.5, 2, net.data_std.numel()).view_as(net.data_std))
-    std = torch.stack([net.data_std[int(relative)], net.data_std[0]])[:, None, :, None, None]            # the second clip has nothing given
+    cond = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 0]])
+    if gate:
+        net.data_std.copy_(torch.linspace(0.5, 2, net.data_std.numel()).view_as(net.data_std))
+    rows = [int(base == "blend"), 0]                                                                    # the second clip has nothing given
     a = net.diffusion.alphas_cumprod[t].float().view(2, 1, 1, 1, 1)
-    nearest = torch.stack([z0[0, 1].expand(4, -1, -1, -1), torch.zeros_like(z0[1])])
-    oracle = net.dfgn = Oracle(net, z0, noise, nearest if relative else torch.zeros_like(z0), a, std)
+    x = z0[0]
+    nearest, blend = (torch.stack([torch.stack([x[1], x[1], between, x[3]]), torch.zeros_like(z0[1])]) for between in (x[1], (x[1] + x[3]) / 2))
+    oracle = net.dfgn = Oracle(net, z0, noise, blend if base == "blend" else torch.zeros_like(z0), a, rows)
     assert net(z0, tokenize(["a", "b"]), t, noise, cond, mask).max() < 1e-9
     given = z0 * cond[:, :, None, None, None]
     known = nearest if known_fill == "nearest" else given
@@ -400,16 +428,54 @@ def test_the_loss_is_the_weighted_error(gate):
     assert torch.allclose(got, 0.25 * net.diffusion.weight(t), rtol=1e-4) and got[0] < 0.2 * got[1]
 
 
-def test_a_gate_starts_as_the_best_linear_estimate():
-    """An untrained network with gate is right for Gaussian latents: eps = sigma z_t / (a s^2 + sigma^2), a channel at a time."""
-    net = RDTF(tiny(dfgn__gate=True, dfgn__relative=False))
-    c = net.data_std.shape[1]
-    net.data_std.copy_(torch.stack([torch.linspace(0.3, 2, c), torch.full((c,), 9.0)]))
-    t, z = torch.tensor([300]), latents(1, 3)
-    a, s = net.diffusion.alphas_cumprod[300].float(), net.data_std[0].view(1, 1, c, 1, 1)
+def test_a_gate_starts_as_the_posterior_mean():
+    """An untrained network with gate is right for Gaussian clips: eps as by dense covariances over frames and cells, given frames exact."""
+    net = RDTF(tiny(dfgn__base="nearest"))
+    net.data_std.copy_(torch.linspace(0.2, 3, net.data_std.numel()).view_as(net.data_std))
+    t, z_t, noise, known = torch.tensor([300, 300]), latents(2, 4), latents(2, 4, 1), latents(2, 4, 2)
+    cond, loss = torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]]), torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 1]])
+    a = net.diffusion.alphas_cumprod[300].float()
+    base = known[1, :1]
+    z_t[1, 0] = (a.sqrt() * base + (1 - a).sqrt() * noise[1, :1])[0]
     with torch.no_grad():
-        eps = net.eps(z, t, *net.encode_text(tokenize(["a"])), z * 0, torch.zeros(1, 3), torch.ones(1, 3))
-    assert torch.allclose(eps, (1 - a).sqrt() * z / (a * s ** 2 + 1 - a), atol=1e-5)
+        eps = net.eps(z_t, t, *net.encode_text(tokenize(["a", "b"])), known, cond, loss)
+    assert torch.allclose(eps[1, 0], noise[1, 0], atol=1e-5)
+    side = z_t.shape[-1]
+    dct = torch.kron(net.cosines, net.cosines)                                                          # (h*w, h*w)
+    for clip, frames, r_t in ((0, slice(0, 3), z_t[0]), (1, slice(1, 4), z_t[1] - a.sqrt() * base)):
+        for c in (0, 5):
+            mean, rest = (dct.T @ (s[c].flatten() ** 2)[:, None].mul(dct) for s in net.data_std[clip])
+            covariance = torch.kron(torch.ones(3, 3), mean) + torch.kron(torch.eye(3) - torch.ones(3, 3) / 3, rest)
+            r = r_t[frames, c].flatten()
+            z0 = a.sqrt() * covariance @ torch.linalg.solve(a * covariance + (1 - a) * torch.eye(len(r)), r)
+            want = ((r - a.sqrt() * z0) / (1 - a).sqrt()).view(3, side, side)
+            assert torch.allclose(eps[clip, frames, c], want, atol=2e-4)
+
+
+def test_autocast_leaves_the_closed_form_exact():
+    net, z, cond = RDTF(tiny()), latents(1, 4), torch.tensor([[1.0, 0, 1, 0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        base = net.bases(z, cond, torch.ones(1, 4))[1]
+        mean, rest = net.spectrum(z, torch.ones(1, 4))
+        estimate = net.linear_estimate(z, torch.tensor(1.0), torch.tensor(0.0), torch.ones(1, 2, 16, 4, 4), torch.ones(1, 4))
+    assert base.dtype == mean.dtype == rest.dtype == torch.float32 and torch.equal(base[:, ::2], z[:, ::2])
+    assert torch.allclose(estimate, z, atol=1e-5)                                                      # there and back, with no noise
+
+
+def test_the_data_is_measured_by_frames_and_cosines():
+    net = RDTF(tiny(dfgn__base="nearest"))
+    g = torch.Generator().manual_seed(0)
+    z0 = torch.randn(4000, 1, 16, 1, 1, generator=g) * 2 + torch.randn(4000, 3, 16, 4, 4, generator=g) * 0.5     # flat and still, and all else
+    cond = torch.tensor([[1.0, 0, 0], [0, 0, 0]]).repeat(2000, 1)
+    net.measure(z0, cond, torch.ones(4000, 3))
+    mean = net.data_std[0, 0].mean(0)
+    assert mean[0, 0].item() == pytest.approx((16 * 4 + 0.25 / 3) ** 0.5, rel=0.03)                      # 4 x 4 equal cells: four times the value
+    assert torch.allclose(mean.flatten()[1:], torch.tensor(0.5 / 3 ** 0.5), rtol=0.03)
+    assert torch.allclose(net.data_std[0, 1], torch.tensor(0.5), rtol=0.06)
+    assert torch.allclose(net.data_std[1, 0].mean(0), torch.tensor((0.25 + 0.25 / 2) ** 0.5), rtol=0.03)  # two unknown frames less the first
+    assert torch.allclose(net.data_std[1, 1], torch.tensor(0.5), rtol=0.1)
+    net.measure(z0[:100, :1] * torch.tensor([0.0, 1.0]).repeat(8)[:, None, None], torch.zeros(100, 1), torch.ones(100, 1))      # stills; dead channels
+    assert torch.equal(net.data_std[1], net.data_std[0]) and (net.data_std[0, :, ::2] == 1e-3).all() and (net.data_std[0, 0, 1::2] > 0.1).all()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -427,7 +493,7 @@ def test_mixed_noise_has_unit_variance_and_the_named_correlation(share):
 def test_gradient_reaches_every_parameter(temporal):
     """The last convolution starts at zero, then the branches, then what is behind them: three steps wake the last one."""
     torch.manual_seed(0)
-    net = RDTF(tiny(dfgn__temporal=temporal))
+    net = RDTF(tiny(dfgn__temporal=temporal, vae__size=64))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     cond = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0]])
     for step in range(4):

@@ -108,7 +108,7 @@ def test_the_vaes_latents_are_standardised(tiny_vae, stickers16):
     for record in stickers.records:                                    # every sticker weighs the same, a still as much as a clip
         z = vae.encode(data.to_tensor(stickers.clip(record, range(record["n"])))).double()
         mean, square = mean + z.mean((0, 2, 3)) / len(stickers), square + (z ** 2).mean((0, 2, 3)) / len(stickers)
-    assert mean.abs().max() < 0.15 and square.mean().item() == pytest.approx(1, abs=0.1)
+    assert (mean / square.sqrt()).abs().max() < 0.15 and square.mean().item() == pytest.approx(1, abs=0.1)
     assert 5 < meta["psnr"] < 60 and meta["kind"] == "vae"
 
 
@@ -307,7 +307,7 @@ def test_draws_repeat_and_differ():
 
 def test_frames_of_a_step():
     plans = [train.step_frames(TrainConfig(), s, 8) for s in range(2000)]
-    assert np.mean([plan == (1, 8) for plan in plans]) == pytest.approx(0.3, abs=0.03)
+    assert np.mean([plan == (1, 8) for plan in plans]) == pytest.approx(TrainConfig().still_share, abs=0.03)
     assert {plan for plan in plans} == {(1, 8)} | {(k, 1) for k in range(3, 9)}
     assert {train.step_frames(TrainConfig(frames="sample", still_share=0), s, 8) for s in range(50)} == {(8, 1)}
 
@@ -336,6 +336,21 @@ def test_the_vaes_loss_by_hand():
     kl = config.kl_weight * 0.5 * 4 * 4
     colour = 0.25                                                      # (1 - alpha) * (0 + 1) changes by 0.25
     assert loss.tolist() == pytest.approx([kl, colour ** 2 + 0.1 * colour + 0.1 * 0.5 + kl], rel=1e-5)
+
+
+def test_measured_latents_are_centred_and_uncorrelated(stickers16, tiny_vae):
+    vae, _ = load_model(tiny_vae / "model.safetensors", "vae")
+    stickers = data.StickerSet(stickers16, "train")
+    train.measure_latents(vae, stickers, 0, 512)
+    rng = np.random.default_rng(0)
+    records = [stickers.records[i] for i in rng.integers(len(stickers), size=256)]
+    z = vae.encode(vae.images(data.to_tensor(np.concatenate([stickers.clip(r, [rng.integers(r["n"])]) for r in records]))))
+    z = z.transpose(0, 1).flatten(1).double()
+    covariance = z @ z.T / z.shape[1]
+    variance = covariance.diag()
+    assert torch.allclose(vae.latent_axes @ vae.latent_axes.T, torch.eye(16), atol=1e-5)
+    assert variance.mean().item() == pytest.approx(1, abs=0.15) and variance[0] > 2 * variance[4] > 4 * variance[-1]        # the largest first
+    assert (covariance - variance.diag()).abs().max() < 0.1 * variance.max()
 
 
 def test_a_vae_of_opaque_images(stickers16, tmp_path):
@@ -399,6 +414,24 @@ def test_a_run_is_not_resumed_with_other_options(change, said, tiny_dfgn, dfgn_a
 def test_watching_a_run_may_change(tiny_dfgn, dfgn_argv, capsys):
     run_train(*options(dfgn_argv, steps=7, out=tiny_dfgn, log_every=1, save_every=3, workers=3))
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_run_is_not_resumed_by_another_version_of_a_preset(tiny_dfgn, dfgn_argv, tmp_path):
+    run = Path(shutil.copytree(tiny_dfgn, tmp_path / "run"))
+    config = json.loads((run / "config.json").read_text())
+    for value, said in ((0.25, "terminal was 0.25"), (None, "terminal was None")):
+        config["model"]["diffusion"]["terminal"] = value
+        (run / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=f"diffusion.{said}, it is 2e-05 now"):
+            run_train(*options(dfgn_argv, steps=7, out=run, save_every=4))
+
+
+def test_a_model_that_lacks_a_field_is_refused(tiny_dfgn, tmp_path):
+    net, meta = load_model(tiny_dfgn / "model.safetensors", "dfgn")
+    del meta["config"]["diffusion"]["terminal"]
+    train.save_model(tmp_path / "m.safetensors", net.state_dict(), **meta)
+    with pytest.raises(UserError, match="diffusion.terminal is missing"):
+        load_model(tmp_path / "m.safetensors", "dfgn")
 
 
 def test_a_run_is_not_resumed_with_another_vae_of_the_same_name(tiny_dfgn, tiny_vae, dfgn_argv, tmp_path, monkeypatch):
@@ -474,8 +507,8 @@ def test_a_model_from_other_code_is_named(tiny_vae, tmp_path):
 
 @pytest.mark.parametrize("change, said", [
     ("dfgn.depth=3", "dfgn.depth"), ("colour.layers=3", "colour.layers"), ("frames=4", "part.field"), ("dfgn.layers", "dfgn.layers"),
-    ("dfgn.layers=two", "'two' is not a int"), ("dfgn.layers=1.5", "1.5"), ("dfgn.relative=1", "not a bool"), ("dfgn.widths=a,b", "a,b"),
-    ("dfgn.temporal=lstm", "lstm"), ("dfgn.known_fill=ones", "ones"), ("diffusion.prediction=x0", "x0"), ("diffusion.prediction=eps", "dfgn.gate"), ("diffusion.schedule=cosin", "cosin"), ("text.kind=bert", "bert")])
+    ("dfgn.layers=two", "'two' is not a int"), ("dfgn.layers=1.5", "1.5"), ("dfgn.gate=1", "not a bool"), ("dfgn.widths=a,b", "a,b"),
+    ("dfgn.temporal=lstm", "lstm"), ("dfgn.known_fill=ones", "ones"), ("dfgn.base=ones", "ones"), ("dfgn.channels=8", "vae.channels is 16, dfgn.channels is 8"), ("dfgn.text_width=8", "text.width is 16"), ("dfgn.patch=4", "multiple of 64"), ("vae.size=20", "vae.size is 20"), ("dfgn.widths=", "do not go together"), ("dfgn.widths=1.5,2", "do not go together"), ("dfgn.head_dim=0", "do not go together"), ("dfgn.head_dim=64", "too narrow"), ("diffusion.prediction=x0", "x0"), ("diffusion.prediction=eps", "dfgn.gate"), ("diffusion.schedule=cosin", "cosin"), ("text.kind=bert", "bert")])
 def test_fields_of_the_preset_that_cannot_be_set(change, said, dfgn_argv, tmp_path):
     with pytest.raises(UserError, match=f"--set .*{said}"):
         run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", set=change))
@@ -483,8 +516,8 @@ def test_fields_of_the_preset_that_cannot_be_set(change, said, dfgn_argv, tmp_pa
 
 
 def test_fields_of_the_preset_are_set():
-    config = resolve_config("tiny", ["dfgn.temporal=conv3d", "dfgn.widths=16,48", "dfgn.relative=false", "diffusion.beta_end=1", "vae.kl_weight=0.5"])
-    assert (config.dfgn.temporal, config.dfgn.widths, config.dfgn.relative) == ("conv3d", (16, 48), False)
+    config = resolve_config("tiny", ["dfgn.temporal=conv3d", "dfgn.widths=16,48", "dfgn.base=nearest", "diffusion.beta_end=1", "vae.kl_weight=0.5"])
+    assert (config.dfgn.temporal, config.dfgn.widths, config.dfgn.base) == ("conv3d", (16, 48), "nearest")
     assert config.diffusion.beta_end == 1 and config.vae.kl_weight == 0.5 and PRESETS["tiny"].dfgn.temporal == "sti"
     with pytest.raises(UserError, match="--preset huge.*tiny, mini, paper"):
         resolve_config("huge", [])
