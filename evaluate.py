@@ -7,8 +7,7 @@
 One sticker a concept, evenly spaced frames, on white, the masks of data.eval_mask. PSNR is of the frames that were not given,
 beside copying the nearest given frame, blending the two around (stickers loop: the first follows the last) and the VAE's own round
 trip. FD-app and FD-mot (metrics.py) compare whole clips, given frames included, with the real ones; their floor is as many real
-clips of other concepts.
-Distances fall with n: compare at equal n. Intervals are 95 % bootstrap intervals over concepts.
+clips of other concepts. Distances fall with n: compare at equal n. Intervals are 95 % bootstrap intervals over concepts.
 Clips are kept in RUN/eval: a second run makes none again.
 """
 import argparse
@@ -25,7 +24,8 @@ from tqdm import tqdm
 
 from data import TASKS, StickerSet, UserError, contact_sheet, eval_mask, even_frames, nearest_given, run_cli, to_rgba, to_tensor
 from metrics import LocalFeatures, bootstrap, bootstrap_fd, fd, psnr
-from sample import Sampler
+from model import fill
+from sample import DEFAULTS, Sampler
 from train import file_hash, write_atomically
 
 
@@ -59,10 +59,7 @@ def copy_nearest(clips, mask):
 
 def blend(clips, mask):
     """Unknown frames of float clips (N, T, ...) mixed linearly from the given ones around them; after the last frame comes the first."""
-    given, T = np.flatnonzero(mask), len(mask)
-    around = np.concatenate([given - T, given, given + T])
-    weights = np.stack([np.interp(np.arange(T), around, np.tile(one, 3)) for one in np.eye(len(given))])  # (given, T)
-    return np.moveaxis(np.tensordot(clips[:, given], weights.astype(np.float32), (1, 0)), -1, 1)
+    return fill(torch.from_numpy(clips), torch.from_numpy(mask).expand(len(clips), -1), "loop").numpy()
 
 
 @torch.no_grad()
@@ -256,7 +253,7 @@ def main(argv=None):
     check(args)
     model = Path(args.run) / "model.safetensors"
     sampler = Sampler(model, args.vae)
-    chosen = {name: getattr(args, name) for name in ("steps", "spacing", "eta", "text_scale", "image_scale")}
+    chosen = {name: getattr(args, name) for name in DEFAULTS}
     settings = lambda given: {**sampler.settings(given, **chosen), "detail": args.detail}
     if args.prompts:
         prompts = read_prompts(args.prompts)

@@ -71,7 +71,7 @@ class DFGNConfig:
     sti_head_dim: int = 32
     temporal: str = "sti"                 # sti: the paper's layer; conv3d: its ablation DFGN(3D-Conv)
     known_fill: str = "nearest"           # what unknown frames are told of the given ones: zeros, nearest, blend, loop (see `fill`)
-    base: str = "loop"                    # what the network diffuses the difference to, where frames are given: likewise
+    base: str = "loop"                    # what the network diffuses the difference to, where frames are given: likewise, but zeros is nothing
     pool_text: bool = True                # add the mean text feature to the time embedding
     gate: bool = True                     # network beside the linear estimate of z0 from z_t: two outputs, a gate on it and what to add (v only)
 
@@ -101,9 +101,10 @@ class Config:
     def from_dict(d):
         """The inverse of to_dict; parts that d lacks are the defaults. KeyError for a part that lacks a field: its default may have changed."""
         parts = {"vae": VAEConfig, "text": TextConfig, "dfgn": DFGNConfig, "diffusion": DiffusionConfig}
-        for part, values in d.items():
-            if missing := [f.name for f in fields(parts[part]) if f.name not in values] if part in parts else []:
-                raise KeyError(f"{part}.{missing[0]} is missing")
+        for part, kind in parts.items():
+            for f in fields(kind):
+                if part in d and f.name not in d[part]:
+                    raise KeyError(f"{part}.{f.name} is missing")
         tup = lambda part: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
         return Config(**{k: parts[k](**tup(v)) if k in parts else v for k, v in d.items()})
 
@@ -193,9 +194,8 @@ def fill(z, cond_mask, how, frames=None):
     ahead = places - places[:, None]                            # (T, T): how far the second frame lies after the first
     absent = (1 - cond_mask)[:, None, :] * 3 * T                # (B, 1, T)
     pick = lambda distance: F.one_hot((distance + absent).argmin(-1), T).to(z)
-    if how == "nearest":
-        weights = pick(ahead.abs())
-    else:
+    weights = pick(ahead.abs())                                 # the nearest
+    if how != "nearest":
         if how == "loop":
             n = torch.full_like(cond_mask[:, 0], T) if frames is None else frames
             back, forth = -ahead % n[:, None, None], ahead % n[:, None, None]
@@ -204,8 +204,7 @@ def fill(z, cond_mask, how, frames=None):
         before, after = pick(back), pick(forth)
         gaps = [(chosen * distance).sum(-1, keepdim=True) for chosen, distance in ((before, back), (after, forth))]  # (B, T, 1)
         share = gaps[0] / (gaps[0] + gaps[1]).clamp_min(1)
-        weights = (1 - share) * before + share * after
-        weights = torch.where(torch.maximum(*gaps) < 2 * T, weights, pick(ahead.abs()))
+        weights = torch.where(torch.maximum(*gaps) < 2 * T, (1 - share) * before + share * after, weights)
     return torch.einsum("bts,bschw->btchw", weights, given)
 
 
@@ -738,10 +737,10 @@ class RDTF(nn.Module):
             raise ValueError("dfgn.gate needs diffusion.prediction=v")
         if config.text.kind not in ("small", "open_clip"):
             raise ValueError(f"text kind {config.text.kind!r} is unknown")
-        for ours, theirs in (("vae.channels", "dfgn.channels"), ("text.width", "dfgn.text_width")):
-            values = [getattr(getattr(config, part), key) for part, key in (name.split(".") for name in (ours, theirs))]
-            if values[0] != values[1]:
-                raise ValueError(f"{ours} is {values[0]}, {theirs} is {values[1]}; they must be equal")
+        for ours, a, theirs, b in (("vae.channels", config.vae.channels, "dfgn.channels", config.dfgn.channels),
+                                   ("text.width", config.text.width, "dfgn.text_width", config.dfgn.text_width)):
+            if a != b:
+                raise ValueError(f"{ours} is {a}, {theirs} is {b}; they must be equal")
         side, unit = config.vae.side, config.vae.factor * config.vae.fold * config.dfgn.patch * 2 ** (len(config.dfgn.widths) - 1)
         if config.vae.size % unit:
             raise ValueError(f"vae.size is {config.vae.size}, not a multiple of {unit}, as its factor and fold, dfgn.patch and dfgn.widths need")

@@ -278,8 +278,8 @@ def main(argv=None):
     for i in tqdm(range(0, len(prompts), args.batch), f"{task}, {len(prompts)} stickers"):
         chunk = range(i, min(i + args.batch, len(prompts)))
         given = {} if frames is None else dict(frames=np.stack([frames] * len(chunk)), cond_mask=np.stack([mask] * len(chunk)))
-        clips += list(sampler.sample([prompts[k] for k in chunk], [(args.seed, k) for k in chunk], **given, steps=args.steps, spacing=args.spacing, eta=args.eta,
-                                     text_scale=args.text_scale, image_scale=args.image_scale, detail=args.detail))
+        clips += list(sampler.sample([prompts[k] for k in chunk], [(args.seed, k) for k in chunk], **given, detail=args.detail,
+                                     **{name: getattr(args, name) for name in DEFAULTS}))
     for clip, path in zip(clips, paths):
         path.parent.mkdir(parents=True, exist_ok=True)
         if args.platform:

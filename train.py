@@ -426,14 +426,12 @@ def check_same_config(run, config, preset):
     for key, value in asdict(config).items():
         if key not in free and old["train"].get(key) != value:
             raise UserError(f"--{key.replace('_', '-')} {value}: {run} was started with {old['train'].get(key)}; go on with that, or name another --out")
-    now = json.loads(json.dumps(preset.to_dict()))
-    for part, values in now.items():
-        before = old["model"].get(part)
-        for key in values if isinstance(values, dict) else ():
-            if not isinstance(before, dict) or before.get(key) != values[key]:
-                raise UserError(f"{run}: started when {part}.{key} was {(before or {}).get(key)}, it is {values[key]} now; name another --out")
-        if not isinstance(values, dict) and before != values:
-            raise UserError(f"{run}: started when {part} was {before}, it is {values} now; name another --out")
+    flat = lambda model: {name: value for part, values in model.items() for name, value in (
+        {f"{part}.{key}": v for key, v in values.items()} if isinstance(values, dict) else {part: values}).items()}
+    before = flat(old["model"])
+    for name, value in flat(json.loads(json.dumps(preset.to_dict()))).items():
+        if before.get(name) != value:
+            raise UserError(f"{run}: started when {name} was {before.get(name)}, it is {value} now; name another --out")
     return old["inputs"]
 
 
@@ -443,11 +441,9 @@ def check_options(config):
     for name, allowed in words.items():
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: choose one of {', '.join(allowed)}")
-    for name in ("steps", "batch", "log_every", "save_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 1")
-    if config.seed < 0:
-        raise UserError(f"--seed {config.seed}: must be at least 0")
+    for name, least in dict(steps=1, batch=1, log_every=1, save_every=1, seed=0).items():
+        if getattr(config, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
 
 
 def cut_log(path, step):
