@@ -17,6 +17,10 @@ import torch.nn.functional as F
 from einops import rearrange
 
 
+END = 49407                               # open_clip's token after a caption
+HASHES = 3                                # of a word, in the linear guess of a picture
+
+
 # ------------------------------------------------------------------------------------------------ configs
 @dataclass
 class VAEConfig:
@@ -54,6 +58,7 @@ class TextConfig:
     layers: int = 2
     vocab: int = 49408                    # open_clip's byte-pair vocabulary
     length: int = 77
+    buckets: int = 2048                   # hashed words that the linear guess of a caption's picture reads (RDTF.fit_pictures); 0: no guess
 
 
 @dataclass
@@ -411,6 +416,23 @@ class TextEncoder(nn.Module):
         return self.norm_out(x), mask
 
 
+def count_words(tokens, buckets, hashes=HASHES):
+    """How often each word (token), and each pair of neighbouring words, stands in captions (B, L) -> (B, buckets) float32.
+
+    A word counts in as many buckets as there are hashes (MurmurHash3's finaliser): hardly two words then have all in common."""
+    words = tokens[:, 1:]
+    real = (words != 0) & (words != END)
+    names = torch.cat([words, END + 1 + words[:, :-1] * (END + 1) + words[:, 1:]], 1)
+    counted = torch.cat([real, real[:, :-1] & real[:, 1:]], 1).float()
+    counts, low = torch.zeros(len(tokens), buckets, device=tokens.device), 2 ** 32 - 1
+    for k in range(hashes):
+        x = (names + k * 0x9E3779B1) & low
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = ((x ^ x >> shift) * factor) & low
+        counts.scatter_add_(1, (x ^ x >> 16) % buckets, counted)
+    return counts
+
+
 # ------------------------------------------------------------------------------------------------ DFGN
 class Clip:
     """What every layer of one forward pass shares: the sizes, the mask of real frames, time and text."""
@@ -723,9 +745,13 @@ class RDTF(nn.Module):
 
     With `gate`, z0 is what the network makes of the best linear estimate from r_t (`linear_estimate`): a gate times it plus a
     correction in units of the data's deviation (after Karras et al. 2022). What is alike in all frames and smooth in a frame is then
-    taken from the noise in closed form, and the network starts from there. `data_std` (2, 2, c, h, w) are the deviations of z0 and
-    of z0 - base, each of a clip's mean and of the frames' differences from it, per coefficient of the cosine transform over cells;
-    train.py measures them."""
+    taken from the noise in closed form, and the network starts from there. `data_std` (2, 2, c, h, w) are the deviations of z0 - picture
+    and of z0 - base in units of `spread`, each of a clip's mean and of the frames' differences from it, per coefficient of the cosine
+    transform over cells.
+
+    With `text.buckets`, where no frame is given the base is the picture that ridge regression from the caption's words to the mean
+    frame of the training stickers gives (a prior that depends on the condition, as in PriorGrad, Lee et al. 2022). train.py measures the
+    deviations and fits the pictures before the first step."""
 
     def __init__(self, config):
         super().__init__()
@@ -751,16 +777,68 @@ class RDTF(nn.Module):
         if config.dfgn.gate:
             self.register_buffer("data_std", torch.ones(2, 2, config.dfgn.channels, side, side))
             self.register_buffer("cosines", dct_matrix(side), persistent=False)
+        if self.text is not None and config.text.buckets:
+            self.register_buffer("word_weight", torch.ones(config.text.buckets))
+            self.register_buffer("word_pictures", torch.zeros(config.text.buckets, config.dfgn.channels, side, side))
+            self.register_buffer("mean_picture", torch.zeros(config.dfgn.channels, side, side))
 
     def encode_text(self, tokens):
-        """tokens (B, L) -> features (B, L', D), mask (B, L'). Features of a frozen tower pass as they are, mask None."""
-        return self.text(tokens) if self.text is not None else (tokens, None)
+        """tokens (B, L) -> features (B, L', D), mask (B, L'), picture (B, c, h, w) or None.
+
+        Features of a frozen tower (B, L, D) pass as they are, mask and picture None."""
+        return (*self.text(tokens), self.picture(tokens)) if self.text is not None else (tokens, None, None)
 
     @exact
-    def bases(self, z, cond_mask, loss_mask):
-        """What the network is told of the given frames (known), and what it is asked the difference to (base)."""
+    def weigh_words(self, tokens):
+        """Unit vectors (B, buckets) of the words of captions (B, L), rare words with more weight (tf-idf); zeros for no words."""
+        return F.normalize(count_words(tokens, len(self.word_weight)) * self.word_weight, dim=1)
+
+    @exact
+    def picture(self, tokens):
+        """What the words of captions (B, L) say of a clip's mean frame (B, c, h, w), the mean of all stickers for none; None without `buckets`."""
+        if self.text is None or not self.config.text.buckets:
+            return None
+        return torch.einsum("bn,nchw->bchw", self.weigh_words(tokens), self.word_pictures) + self.mean_picture
+
+    @torch.no_grad()
+    def fit_pictures(self, z, tokens, weights, shares, ridge=0.05):
+        """Fit `picture` to stickers' mean frames z (N, c, h, w) and D captions of each, tokens (N, D, L).
+
+        weights (N,) of the stickers; shares (D,), of sum 1, of the captions."""
+        self.mean_picture.copy_(torch.einsum("n,nchw->chw", weights / weights.sum(), z))
+        captions = list(zip(tokens.unbind(1), shares))
+        stands = sum(share * (count_words(t, len(self.word_weight)) > 0).float().sum(0) for t, share in captions)
+        self.word_weight.copy_((len(z) / stands.clamp_min(shares.min())).log() + 0.1)
+        gram, cross = ridge * torch.eye(len(self.word_weight), device=z.device), torch.zeros_like(self.word_pictures).flatten(1)
+        for t, share in captions:
+            words = self.weigh_words(t)
+            scaled = (words * (share * weights)[:, None]).T
+            gram, cross = gram + scaled @ words, cross + scaled @ (z - self.mean_picture).flatten(1)
+        self.word_pictures.copy_(torch.linalg.solve(gram, cross).view_as(self.word_pictures))
+
+    @exact
+    def bases(self, z, cond_mask, loss_mask, picture=None):
+        """What the network is told of the given frames (known), and what it is asked the difference to (base): the picture where none is given."""
         c, frames = self.config.dfgn, loss_mask.sum(1)
-        return fill(z, cond_mask, c.known_fill, frames), torch.zeros_like(z) if c.base == "zeros" else fill(z, cond_mask, c.base, frames)
+        known, base = fill(z, cond_mask, c.known_fill, frames), torch.zeros_like(z) if c.base == "zeros" else fill(z, cond_mask, c.base, frames)
+        if picture is None:
+            return known, base
+        alone = ((1 - cond_mask.amax(1))[:, None, None, None] * picture)[:, None]  # (B, 1, c, h, w)
+        return known + alone, base + alone
+
+    @exact
+    def spread(self, z, cond_mask, prior=0.3):
+        """How far the given frames of clips z (B, T, c, h, w) lie apart, 1 for as far as frames of the training set do -> (B,), at most 4.
+
+        A clip that hardly moves has a small one, and what the network adds to its base is as much smaller. The variance is mixed with
+        that of the training set, which counts as `prior` frames: 1 where fewer than two are given."""
+        given, n = cond_mask[:, :, None, None, None], cond_mask.sum(1)
+        if not self.config.dfgn.gate:
+            return torch.ones_like(n)
+        z = z.where(given > 0, 0)
+        mean = z.sum(1, keepdim=True) / n.clamp_min(1)[:, None, None, None, None]
+        apart = ((z - mean) * given).square().sum((1, 2, 3, 4)) / self.data_std[0, 1].square().sum()
+        return ((prior + apart) / (prior + (n - 1).clamp_min(0))).sqrt().clamp(max=4)
 
     @exact
     def spectrum(self, x, weights):
@@ -782,48 +860,53 @@ class RDTF(nn.Module):
         return torch.einsum("ui,vj,btcuv->btcij", self.cosines, self.cosines, estimate * weights[:, :, None, None, None])
 
     @torch.no_grad()
-    def measure(self, z0, cond_mask, loss_mask):
-        """Set data_std from clips (B, T, c, h, w) under the masks of all tasks; those with nothing given serve z0 alone.
+    def measure(self, z0, cond_mask, loss_mask, picture=None):
+        """Set data_std from clips (B, T, c, h, w) under the masks of all tasks, and their captions' pictures (B, c, h, w).
 
-        In a set of stills nothing is ever given: the deviations of z0 then stand for those of z0 - base."""
+        In a set of stills nothing is ever given: the deviations of z0 - picture then stand for those of z0 - base."""
         given = cond_mask.amax(1) > 0
         if not given.any():
             given, cond_mask = given | True, cond_mask * 0
-        for row, (x, weights) in enumerate([(z0, loss_mask), ((z0 - self.bases(z0, cond_mask, loss_mask)[1])[given], (loss_mask * (1 - cond_mask))[given])]):
-            mean, rest = self.spectrum(x, weights)
-            n = weights.sum(1)
-            self.data_std[row, 0] = mean[:, 0].square().mean(0).sqrt()
-            self.data_std[row, 1] = (rest.square().sum((0, 1)) / (n - 1).clamp_min(0).sum().clamp_min(1)).sqrt()
-        self.data_std.clamp_min_(1e-3)  # a channel that never changes is no reason to divide by zero
 
-    def predict(self, r_t, t, context, context_mask, known, cond_mask, loss_mask):
-        """eps or v of r_t (B, T, c, h, w), float32."""
+        def deviations(masks, weights, chosen, scale):
+            x = (z0 - self.bases(z0, masks, loss_mask, picture)[1])[chosen] / scale[chosen][:, None, None, None, None]
+            weights = weights[chosen]
+            mean, rest = self.spectrum(x, weights)
+            rest = rest.square().sum((0, 1)) / (weights.sum(1) - 1).clamp_min(0).sum().clamp_min(1)
+            return torch.stack([mean[:, 0].square().mean(0), rest]).sqrt().clamp_min(1e-3)  # a channel may never change
+        self.data_std[0] = deviations(cond_mask * 0, loss_mask, given | True, torch.ones_like(loss_mask[:, 0]))
+        self.data_std[1] = deviations(cond_mask, loss_mask * (1 - cond_mask), given, self.spread(z0, cond_mask))
+
+    def predict(self, r_t, t, context, context_mask, known, cond_mask, loss_mask, spread):
+        """eps or v of r_t (B, T, c, h, w), float32; spread (B,) of the given frames."""
         net = lambda x: self.dfgn(x, t, context, known, cond_mask, loss_mask, context_mask).float()
         if not self.config.dfgn.gate:
             return net(r_t)
         signal, sigma = self.diffusion.coefficients(t, r_t.dtype)
         relative = cond_mask.amax(1) * (self.config.dfgn.base != "zeros")
         unknown = loss_mask * (1 - cond_mask * relative[:, None])  # elsewhere z0 - base is nothing
-        std = self.data_std[relative.long()]
+        std = self.data_std[relative.long()] * torch.where(relative > 0, spread, 1)[:, None, None, None, None]
         estimate = self.linear_estimate(r_t, signal, sigma, std, unknown)
         each = std.square().sum(1, keepdim=True).mean((3, 4), keepdim=True).sqrt()  # (B, 1, c, 1, 1): deviation of a cell
         value, gate = net(torch.cat([r_t / (signal ** 2 * each ** 2 + sigma ** 2).sqrt(), estimate / each], 2)).chunk(2, dim=2)
         z0 = (2 * gate.sigmoid() * estimate + each * value) * unknown[:, :, None, None, None]
         return (signal * r_t - z0) / sigma
 
-    def eps(self, z_t, t, context, context_mask, z_known, cond_mask, loss_mask):
-        """Predicted noise (B, T, c, h, w) at z_t; z_known holds the given frames' latents where cond_mask is 1."""
+    def eps(self, z_t, t, context, context_mask, picture, z_known, cond_mask, loss_mask):
+        """Predicted noise (B, T, c, h, w) at z_t; text as encode_text gives it, z_known holds the given frames' latents where cond_mask is 1."""
         cond_mask = cond_mask * loss_mask  # padding is never given
-        known, base = self.bases(z_known, cond_mask, loss_mask)
+        known, base = self.bases(z_known, cond_mask, loss_mask, picture)
         r_t = z_t - self.diffusion.coefficients(t, z_t.dtype)[0] * base
-        return self.diffusion.to_eps(self.predict(r_t, t, context, context_mask, known, cond_mask, loss_mask), r_t, t)
+        pred = self.predict(r_t, t, context, context_mask, known, cond_mask, loss_mask, self.spread(z_known, cond_mask))
+        return self.diffusion.to_eps(pred, r_t, t)
 
     def forward(self, z0, tokens, t, noise, cond_mask, loss_mask):
         """Loss of each clip (B,): the weighted squared error, mean over its real frames alone, whatever T is."""
         cond_mask = cond_mask * loss_mask
-        known, base = self.bases(z0, cond_mask, loss_mask)
+        context, context_mask, picture = self.encode_text(tokens)
+        known, base = self.bases(z0, cond_mask, loss_mask, picture)
         r_t = self.diffusion.add_noise(z0 - base, noise, t)
-        pred = self.predict(r_t, t, *self.encode_text(tokens), known, cond_mask, loss_mask)
+        pred = self.predict(r_t, t, context, context_mask, known, cond_mask, loss_mask, self.spread(z0, cond_mask))
         error = ((pred - self.diffusion.target(z0 - base, noise, t)) ** 2).mean((2, 3, 4))  # (B, T)
         return self.diffusion.weight(t) * (error * loss_mask).sum(1) / loss_mask.sum(1)
 
@@ -832,13 +915,13 @@ class RDTF(nn.Module):
 PRESETS = {
     "tiny": Config(  # tests: seconds
         name="tiny", vae=VAEConfig(size=16, patch=1, widths=(8, 16, 16), latent_channels=4, groups=4),
-        text=TextConfig(width=16, layers=1),
+        text=TextConfig(width=16, layers=1, buckets=64),
         dfgn=DFGNConfig(channels=16, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_heads=2, sti_head_dim=8)),
     "mini": Config(),  # 2 CPU cores, 64 px
     "paper": Config(  # Table 6: 0.960 B parameters, 256 px, the VAE of Stable Diffusion
         name="paper",
         vae=VAEConfig(size=256, image_channels=3, patch=1, widths=(128, 256, 512, 512), latent_channels=4, layers=2, groups=32, shortcut=False, kl_weight=1e-6, fold=1),
-        text=TextConfig(kind="open_clip", width=1024, layers=24),
+        text=TextConfig(kind="open_clip", width=1024, layers=24, buckets=0),
         dfgn=DFGNConfig(channels=4, patch=1, widths=(320, 640, 1024, 1280), layers=2, head_dim=64, stem_heads=8, ff_mult=4, text_width=1024, groups=32,
                         sti_heads=8, sti_head_dim=32, known_fill="zeros", base="zeros", pool_text=False, gate=False),
         diffusion=DiffusionConfig(prediction="eps", terminal=0.0, max_weight=0.0)),
@@ -864,6 +947,8 @@ def main():
             model, vae = RDTF(config), VAE(config.vae)
         print(f"{name}: DFGN {count(model.dfgn) / 1e6:.1f} M, text {count(model) / 1e6 - count(model.dfgn) / 1e6:.1f} M, VAE {count(vae) / 1e6:.2f} M")
         print("   " + ", ".join(f"{part} {n / 1e6:.2f} M" for part, n in breakdown(model).items()))
+        if config.text.buckets:
+            print(f"   and {model.word_pictures.numel() / 1e6:.2f} M numbers that are solved for, not trained: the pictures of words")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from train import file_hash, load_model
 PLATFORMS = {  # file type, side in pixels, bytes, seconds
     "whatsapp": (".webp", 512, 450_000, 10), "signal": (".png", 512, 300_000, 3), "discord": (".png", 320, 512_000, 60)}
 DEFAULTS = dict(steps=50, spacing="uniform", eta=1.0, text_scale=7.5, image_scale=7.5)     # paper Table 6
-MINI = dict(steps=25, spacing="uniform", eta=0.0, text_scale=3.0, image_scale=1.0)
+MINI = dict(steps=25, spacing="uniform", eta=0.0, text_scale=1.5, image_scale=1.0)
 MINI_GIVEN = dict(MINI, steps=2, text_scale=1.0)   # with given frames: more steps make livelier and less likely motion, captions of new concepts mislead
 
 
@@ -106,12 +106,12 @@ def branches(text_scale, image_scale, any_text, any_image):
 
 
 def guided_eps(net, z_t, t, text, empty, known, cond_mask, terms):
-    """One batched forward over the guidance terms -> eps (B, T, c, h, w). text, empty: (features, mask)."""
+    """One batched forward over the guidance terms -> eps (B, T, c, h, w). text, empty: as encode_text gives them."""
     B, n = len(z_t), len(terms)
-    pick = lambda i: torch.cat([(text if use_text else empty)[i] for use_text, _, _ in terms]) if text[1] is not None or i == 0 else None
+    texts = (None if x is None else torch.cat([x if use_text else e for use_text, _, _ in terms]) for x, e in zip(text, empty))
     mask = torch.cat([cond_mask * use_image for _, use_image, _ in terms])
     many = lambda x: x.repeat(n, *[1] * (x.dim() - 1))
-    eps = net.eps(many(z_t), many(t), pick(0), pick(1), many(known) * mask[:, :, None, None, None], mask, torch.ones_like(mask))
+    eps = net.eps(many(z_t), many(t), *texts, many(known) * mask[:, :, None, None, None], mask, torch.ones_like(mask))
     weights = torch.tensor([w for *_, w in terms], device=eps.device)
     return (eps.unflatten(0, (n, B)) * weights.view(-1, 1, 1, 1, 1, 1)).sum(0)
 
@@ -232,7 +232,7 @@ def parse(argv):
     parser.add_argument("--steps", type=int, help="DDIM steps (paper 50; mini 25, with given frames 2)")
     parser.add_argument("--spacing", choices=("uniform", "quadratic"), help="of the DDIM steps (default: uniform)")
     parser.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1 (paper 1; mini 0)")
-    parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 3, with given frames 1)")
+    parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 1.5, with given frames 1)")
     parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 1)")
     parser.add_argument("--detail", action=argparse.BooleanOptionalAction, default=True, help="take what did not move from the given frames' own pixels")
     parser.add_argument("--duration", type=int, default=125, help="milliseconds a frame")

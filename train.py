@@ -21,6 +21,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,8 +33,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from curriculum import Curriculum
-from data import (TASKS, ClipDataset, StepSampler, StickerSet, UserError, cond_mask, fit_task, latents_ready, open_latents, rng_for,
-                  run_cli, to_tensor, tokenize, write_latents)
+from data import (TASKS, ClipDataset, StepSampler, StickerSet, UserError, cond_mask, even_frames, fit_task, latents_ready, open_latents,
+                  rng_for, run_cli, text_for, to_tensor, tokenize, write_latents)
 from model import PRESETS, RDTF, VAE, Config
 
 
@@ -61,6 +62,7 @@ class TrainConfig:
     how: str = "mixed"                    # frames of a clip: kmeans (paper), even, mixed (a coin decides)
     frames: str = "step"                  # k of 3..T is drawn per step (no padding), or per sample (paper)
     still_share: float = 0.5              # share of the steps that train on single frames
+    still_first: float = 0.0              # share of the steps, the first ones, that train on single frames alone
     word_dropout: float = 0.2             # a word of a caption becomes "#"
     keywords: float = 0.5                 # keywords are appended to a caption
     text_drop: float = 0.10               # the text alone is dropped
@@ -308,7 +310,7 @@ def draw_condition(config, p, step, n, real, T, timesteps):
 def step_frames(config, step, T):
     """(frames a clip has in this step, clips a batch slot stands for): T and 1, fewer frames, or T stills in place of a clip."""
     rng = rng_for(config.seed, step, 0, 3)
-    if rng.random() < config.still_share:
+    if rng.random() < config.still_share or step < config.still_first * config.steps:
         return 1, T
     return (int(rng.integers(3, T + 1)) if config.frames == "step" else T), 1
 
@@ -338,17 +340,32 @@ class DFGNStage:
             dist.barrier()
         self.vae = vae.cpu()
         self.net = RDTF(preset)
+        if preset.text.buckets:
+            self.fit_pictures()
         if preset.dfgn.gate:
             self.measure_data()
         self.net.to(device)
         self.curriculum = Curriculum(config.curriculum, config.steps, config.pid_raw)
+
+    def fit_pictures(self, most=4096, draws=6):
+        """Fit the network's guess of a sticker's mean frame from its caption. The bare caption has half of the weight, as it is what users
+        write; `draws` captions as training draws them have the other half."""
+        stickers, (latents, _) = self.stickers, open_latents(self.config.data, self.vae_hash)
+        chosen = np.random.default_rng(self.config.seed).permutation(len(stickers))[:most]
+        records = [stickers.records[i] for i in chosen]
+        frames = [np.asarray(latents[[r["first"] + i for i in even_frames(r["n"], self.preset.frames)]], np.float32).mean(0) for r in records]
+        texts = [[r["caption"], *(text_for(r, rng_for(self.config.seed, d, i, 4), self.config.word_dropout, self.config.keywords) for d in range(draws))]
+                 for i, r in zip(chosen.tolist(), records)]
+        twins = Counter(r["concept"] for r in records)
+        self.net.fit_pictures(self.vae.standardise(torch.from_numpy(np.stack(frames))), torch.stack([tokenize(t) for t in texts]),
+                              torch.tensor([1 / twins[r["concept"]] for r in records]), torch.tensor([0.5] + [0.5 / draws] * draws))
 
     @torch.no_grad()
     def measure_data(self, count=512):
         """Set the network's data_std from clips of the training set under all tasks."""
         clips, T = self.clips(), self.preset.frames
         items = self.collate(-1, [clips[0, n, T] for n in range(count)], np.full(len(TASKS), 1 / len(TASKS)))
-        self.net.measure(items["z0"], items["cond_mask"], items["loss_mask"])
+        self.net.measure(items["z0"], items["cond_mask"], items["loss_mask"], self.net.picture(items["tokens"]))
 
     def clips(self):
         c = self.config
@@ -441,6 +458,9 @@ def check_options(config):
     for name, allowed in words.items():
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: choose one of {', '.join(allowed)}")
+    for name in ("still_share", "still_first", "word_dropout", "keywords", "text_drop", "cond_drop", "both_drop"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: a share is 0 to 1")
     for name, least in dict(steps=1, batch=1, log_every=1, save_every=1, seed=0).items():
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
@@ -502,11 +522,11 @@ def train(config):
 
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    ddp = DistributedDataParallel(net) if world > 1 else net
+    ddp = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net  # buffers never change
     parameters = [k for k, _ in net.named_parameters()]
     bar = tqdm(total=config.steps, initial=start, desc=f"{config.stage} ({precision}, {world} x {torch.get_num_threads()} threads)",
                disable=rank > 0, mininterval=5)
-    seen, since = 0, time.perf_counter()
+    seen, since, cpu = 0, time.perf_counter(), time.process_time()
     for step, batch in stage.batches(start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -547,11 +567,12 @@ def train(config):
                 if device.type == "cuda":
                     memory = torch.cuda.max_memory_allocated() / 2 ** 20
                 line = dict(step=done, loss=window.means("loss")[""], grad_norm=window.means("norm")[""], lr=learning_rate(config, step), **extra,
-                            tasks=window.means("task "), deciles=window.means("decile "), clips_per_s=round(rate, 2), peak_mb=round(memory))
+                            tasks=window.means("task "), deciles=window.means("decile "), clips_per_s=round(rate, 2), cpu_s=round(time.process_time() - cpu, 2),
+                            peak_mb=round(memory))
                 with open(run / "log.jsonl", "a") as file:
                     file.write(json.dumps(line) + "\n")
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:.1f} clips/s")
-            window, seen, since = Window(), 0, time.perf_counter()
+            window, seen, since, cpu = Window(), 0, time.perf_counter(), time.process_time()
         stopping = bool(stops.any())
         if done % config.save_every == 0 or done == config.steps or stopping:
             save(done)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import model
 from data import tokenize
-from model import DFGN, PRESETS, RDTF, VAE, Clip, Config, Diffusion, DiffusionConfig, TemporalConv, TextEncoder, VAEConfig
+from model import DFGN, PRESETS, RDTF, VAE, Clip, Config, Diffusion, DiffusionConfig, TemporalConv, TextEncoder, VAEConfig, count_words
 
 
 def tiny(**fields):
@@ -30,6 +30,9 @@ def randomise(net, seed=0):
         for p in net.parameters():
             if p.std(unbiased=False) == 0:
                 p.add_(torch.randn(p.shape, generator=g) * 0.3)
+        for name, buffer in net.named_buffers():
+            if name in ("word_pictures", "mean_picture"):
+                buffer.copy_(torch.randn(buffer.shape, generator=g))
     return net
 
 
@@ -131,7 +134,7 @@ def test_latents_are_standardised_and_back():
     mean = vae.moments(x)[0]
     by_hand = torch.stack([(mean[:, i] - vae.latent_mean[i]) / vae.latent_std[i] for i in range(channels)], 1)
     assert torch.allclose(vae.encode(x), by_hand, atol=1e-6)
-    assert torch.allclose(vae.decode(vae.encode(x)), vae.reconstruct(mean), atol=1e-5)
+    assert torch.allclose(vae.decode(vae.encode(x)), vae.reconstruct(mean), atol=1e-4)
 
 
 def test_folded_latents_are_turned_and_back():
@@ -319,8 +322,8 @@ def test_text_padding_changes_no_prediction():
     both = net.encode_text(tokenize(["a red cat", "a very long caption about nothing at all, twice over"]))
     with torch.no_grad():
         alone = net.eps(z, t, *net.encode_text(tokenize(["a red cat"])), z * 0, zeros, ones)
-        beside = net.eps(z, t, both[0][:1], both[1][:1], z * 0, zeros, ones)
-        other = net.eps(z, t, both[0][1:], both[1][1:], z * 0, zeros, ones)
+        beside = net.eps(z, t, *(x[:1] for x in both), z * 0, zeros, ones)
+        other = net.eps(z, t, *(x[1:] for x in both), z * 0, zeros, ones)
     assert torch.allclose(alone, beside, atol=1e-5) and (alone - other).abs().max() > 1e-3
 
 
@@ -377,14 +380,14 @@ def test_the_weight_of_low_noise_is_cut(prediction, limit):
 class Oracle(nn.Module):
     """In DFGN's place: knows the noise and the clip, and gives what makes the target; checks what it is given."""
 
-    def __init__(self, net, z0, noise, base, a, rows):
+    def __init__(self, net, z0, noise, base, a, rows, spread):
         super().__init__()
         config = net.config
         r0, self.signal, self.sigma = z0 - base, a.sqrt(), (1 - a).sqrt()
         self.input = self.signal * r0 + self.sigma * noise
         self.output = noise if config.diffusion.prediction == "eps" else self.signal * noise - self.sigma * r0
         if config.dfgn.gate:
-            std = net.data_std[rows].square().sum(1).mean((2, 3)).sqrt()[:, None, :, None, None]
+            std = spread.view(-1, 1, 1, 1, 1) * net.data_std[rows].square().sum(1).mean((2, 3)).sqrt()[:, None, :, None, None]
             scale = (a * std ** 2 + 1 - a).sqrt()
             self.input = self.input / scale
             self.output = torch.cat([r0 / std, torch.full_like(r0, -100.0)], 2)                  # gate shut: the correction is all
@@ -404,14 +407,18 @@ def test_eps_agrees_with_the_loss(prediction, gate, base, known_fill):
     cond = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 0]])
     if gate:
         net.data_std.copy_(torch.linspace(0.5, 2, net.data_std.numel()).view_as(net.data_std))
+    torch.nn.init.normal_(net.word_pictures), torch.nn.init.normal_(net.mean_picture)
     rows = [int(base == "blend"), 0]                                                                    # the second clip has nothing given
+    picture = net.picture(tokenize(["a", "b"]))[1].expand_as(z0[1])
     a = net.diffusion.alphas_cumprod[t].float().view(2, 1, 1, 1, 1)
     x = z0[0]
-    nearest, blend = (torch.stack([torch.stack([x[1], x[1], between, x[3]]), torch.zeros_like(z0[1])]) for between in (x[1], (x[1] + x[3]) / 2))
-    oracle = net.dfgn = Oracle(net, z0, noise, blend if base == "blend" else torch.zeros_like(z0), a, rows)
+    nearest, blend = (torch.stack([torch.stack([x[1], x[1], between, x[3]]), picture]) for between in (x[1], (x[1] + x[3]) / 2))
+    spread = torch.ones(2) if base == "zeros" or not gate else torch.stack([net.spread(z0[:1], cond[:1])[0], torch.tensor(1.0)])
+    bases = blend if base == "blend" else torch.stack([torch.zeros_like(picture), picture])
+    oracle = net.dfgn = Oracle(net, z0, noise, bases, a, rows, spread)
     assert net(z0, tokenize(["a", "b"]), t, noise, cond, mask).max() < 1e-9
     given = z0 * cond[:, :, None, None, None]
-    known = nearest if known_fill == "nearest" else given
+    known = nearest if known_fill == "nearest" else torch.stack([given[0], picture])
     assert torch.equal(oracle.known, known)
     z_t = a.sqrt() * z0 + (1 - a).sqrt() * noise
     eps = net.eps(z_t, t, *net.encode_text(tokenize(["a", "b"])), given, cond, mask)
@@ -462,6 +469,50 @@ def test_autocast_leaves_the_closed_form_exact():
     assert torch.allclose(estimate, z, atol=1e-5)                                                      # there and back, with no noise
 
 
+def test_spread_tells_still_clips_from_lively_ones():
+    net, g = RDTF(tiny()), torch.Generator().manual_seed(0)
+    net.data_std[0, 1] = 0.5                                                                           # frames lie 0.5 from their mean
+    z = 3 + 0.5 * torch.randn(5, 4, 16, 4, 4, generator=g)
+    z[1] = z[1, :1]                                                                                    # nothing moves
+    z[2] = 3 + 2 * (z[2] - 3)
+    cond = torch.tensor([[1.0, 1, 0, 1]] * 3 + [[0, 0, 1, 0], [0, 0, 0, 0]])
+    usual, still, lively, one, none = net.spread(z, cond).tolist()
+    assert usual == pytest.approx(1, abs=0.05) and lively == pytest.approx((8.3 / 2.3) ** 0.5, rel=0.05)    # 0.3 frames of the usual variance
+    assert still == pytest.approx((0.3 / 2.3) ** 0.5, rel=1e-5) and one == none == 1
+    hidden = z.masked_fill(cond[:, :, None, None, None] == 0, torch.nan)                               # frames that are not given
+    assert torch.equal(net.spread(hidden, cond), net.spread(z, cond))
+    assert net.spread(1e3 * z[2:3], cond[2:3]).item() == 4
+
+
+def test_words_are_counted_alone_and_in_pairs():
+    one, other, order, empty = (count_words(tokenize([text]), 2048, hashes=1)[0] for text in ("red heart", "blue heart", "heart red", ""))
+    assert one.sum() == 3 and other.sum() == 3 and empty.sum() == 0                                    # two words and their pair
+    assert (one * other).sum() == 1 and (one * order).sum() == 2                                       # heart alone; both words, another pair
+    assert torch.equal(count_words(tokenize(["red heart"])[:, :5], 2048, hashes=1)[0], one)            # padding does not count
+    assert count_words(tokenize(["red red red"]), 2048, hashes=1).max() == 3
+    many = count_words(torch.cat([torch.full((2000, 1), 49406), torch.arange(1, 2001)[:, None]], 1), 256)
+    assert (many.sum(1) == 3).all() and len(many.unique(dim=0)) > 1990                                 # 2,000 words in 256 buckets, told apart
+    assert many.sum(0).std() < 1.3 * many.sum(0).mean() ** 0.5                                         # spread as by chance
+
+
+def test_pictures_are_learned_from_words():
+    net = RDTF(tiny(text__buckets=512))
+    z = latents(5, 1)[:, 0]
+    z[4] = z[3] + 1                                                                                    # twins of one caption, one weighs more
+    texts = ["red heart", "blue heart", "crying cat", "angry face", "angry face"]
+    tokens = torch.stack([tokenize([t, t]) for t in texts])
+    halves = torch.tensor([0.5, 0.5])
+    net.fit_pictures(z, tokens, torch.tensor([1.0, 1, 1, 0.75, 0.25]), halves, ridge=1e-4)
+    with torch.no_grad():
+        got, none = net.picture(tokenize(texts)), net.picture(tokenize([""]))[0]
+    assert torch.allclose(none, (z[:3].sum(0) + 0.75 * z[3] + 0.25 * z[4]) / 4, atol=1e-5)             # no words: the mean of all
+    assert torch.allclose(got[:3], z[:3], atol=0.01) and torch.allclose(got[3], z[3] + 0.25, atol=0.01)
+    net.fit_pictures(z, torch.stack([tokenize([t, "a dog"]) for t in texts]), torch.ones(5), torch.tensor([1.0, 1e-6]), ridge=1e-4)
+    assert torch.allclose(net.picture(tokenize(texts[:3])), z[:3], atol=0.01)                          # next to no share counts for next to nothing
+    net.fit_pictures(z, tokens, torch.ones(5), halves, ridge=1e4)
+    assert torch.allclose(net.picture(tokenize(texts)), z.mean(0).expand(5, -1, -1, -1), atol=1e-2)
+
+
 def test_the_data_is_measured_by_frames_and_cosines():
     net = RDTF(tiny(dfgn__base="nearest"))
     g = torch.Generator().manual_seed(0)
@@ -474,6 +525,14 @@ def test_the_data_is_measured_by_frames_and_cosines():
     assert torch.allclose(net.data_std[0, 1], torch.tensor(0.5), rtol=0.06)
     assert torch.allclose(net.data_std[1, 0].mean(0), torch.tensor((0.25 + 0.25 / 2) ** 0.5), rtol=0.03)  # two unknown frames less the first
     assert torch.allclose(net.data_std[1, 1], torch.tensor(0.5), rtol=0.1)
+    picture = torch.full((4000, 16, 4, 4), 1.5)
+    net.measure(z0 + picture[:, None], cond, torch.ones(4000, 3), picture)                             # a picture is taken off where nothing is given
+    assert torch.allclose(net.data_std[0, 0].mean(0), mean, rtol=1e-4)
+    lively = torch.cat([z0[:2000, :1], z0[:2000, :1] + 3 * (z0[:2000, 1:] - z0[:2000, :1])], 1)       # and two given frames set the unit
+    net.measure(lively, torch.tensor([[1.0, 1, 0]]).repeat(2000, 1), torch.ones(2000, 3))
+    unit = net.spread(lively, torch.tensor([[1.0, 1, 0]]).repeat(2000, 1))[:, None, None, None]
+    by_hand = (torch.einsum("ui,vj,bcij->bcuv", net.cosines, net.cosines, lively[:, 2] - lively[:, 1]) / unit).square().mean(0).sqrt()
+    assert torch.allclose(net.data_std[1, 0], by_hand, rtol=1e-3)
     net.measure(z0[:100, :1] * torch.tensor([0.0, 1.0]).repeat(8)[:, None, None], torch.zeros(100, 1), torch.ones(100, 1))      # stills; dead channels
     assert torch.equal(net.data_std[1], net.data_std[0]) and (net.data_std[0, :, ::2] == 1e-3).all() and (net.data_std[0, 0, 1::2] > 0.1).all()
 

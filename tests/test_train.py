@@ -32,7 +32,7 @@ def state_of(run):
     return torch.load(Path(run) / "state.pt", weights_only=True)
 
 
-def log_of(run, free=("clips_per_s", "peak_mb")):
+def log_of(run, free=("clips_per_s", "cpu_s", "peak_mb")):
     return [{k: v for k, v in json.loads(line).items() if k not in free} for line in (Path(run) / "log.jsonl").read_text().splitlines()]
 
 
@@ -83,12 +83,12 @@ def test_log_lines(tiny_dfgn, tiny_vae):
     lines = [json.loads(line) for line in (tiny_dfgn / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 7]
     for line in lines:
-        assert set(line) == {"step", "loss", "grad_norm", "lr", "entropy", "r", "tasks", "deciles", "clips_per_s", "peak_mb"}
+        assert set(line) == {"step", "loss", "grad_norm", "lr", "entropy", "r", "tasks", "deciles", "clips_per_s", "cpu_s", "peak_mb"}
         assert set(line["tasks"]) <= set(TASKS) and set(line["deciles"]) <= set("0123456789") and line["tasks"] and line["deciles"]
-        assert line["loss"] > 0 and line["grad_norm"] > 0 and 0.3 < line["entropy"] < 1 and line["clips_per_s"] > 0 and line["peak_mb"] > 50
+        assert line["loss"] > 0 and line["grad_norm"] > 0 and 0.3 < line["entropy"] < 1 and line["clips_per_s"] > 0 and line["cpu_s"] > 0 and line["peak_mb"] > 50
         assert min(line["tasks"].values()) <= line["loss"] + 1e-4 and max(line["tasks"].values()) >= line["loss"] - 1e-4
     vae = [json.loads(line) for line in (tiny_vae / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in vae] == [2, 4] and {"loss", "grad_norm", "lr", "clips_per_s", "peak_mb"} <= set(vae[0])
+    assert [line["step"] for line in vae] == [2, 4] and {"loss", "grad_norm", "lr", "clips_per_s", "cpu_s", "peak_mb"} <= set(vae[0])
 
 
 def test_the_model_file_holds_averaged_weights_and_its_configuration(tiny_dfgn, tiny_vae):
@@ -130,7 +130,7 @@ def test_averaged_weights_after_one_step(dfgn_argv, tmp_path, monkeypatch):
     run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", log_every=100, warmup=0))
     state, moved = state_of(tmp_path / "run"), 0
     for name, w in state["net"].items():
-        if name == "data_std":                                         # measured, not trained
+        if name in ("data_std", "word_weight", "word_pictures", "mean_picture"):                       # measured, not trained
             continue
         moved += (w - start[name]).abs().max().item() > 1e-5
         assert torch.allclose(state["ema"][name], 0.1 * start[name] + 0.9 * w, atol=1e-6), name            # decay (1 + 0) / (10 + 0)
@@ -310,6 +310,8 @@ def test_frames_of_a_step():
     assert np.mean([plan == (1, 8) for plan in plans]) == pytest.approx(TrainConfig().still_share, abs=0.03)
     assert {plan for plan in plans} == {(1, 8)} | {(k, 1) for k in range(3, 9)}
     assert {train.step_frames(TrainConfig(frames="sample", still_share=0), s, 8) for s in range(50)} == {(8, 1)}
+    plans = [train.step_frames(TrainConfig(still_share=0, still_first=0.5, steps=60), s, 8) for s in range(60)]
+    assert set(plans[:30]) == {(1, 8)} and (1, 8) not in plans[30:]
 
 
 def test_learning_rate():
@@ -336,6 +338,18 @@ def test_the_vaes_loss_by_hand():
     kl = config.kl_weight * 0.5 * 4 * 4
     colour = 0.25                                                      # (1 - alpha) * (0 + 1) changes by 0.25
     assert loss.tolist() == pytest.approx([kl, colour ** 2 + 0.1 * colour + 0.1 * 0.5 + kl], rel=1e-5)
+
+
+def test_pictures_are_fitted_to_the_training_split(tiny_dfgn, tiny_vae, stickers16):
+    """A caption's picture is nearer to its sticker's mean frame than the mean of all is, and the mean counts concepts alike."""
+    (net, _), (vae, _) = load_model(tiny_dfgn / "model.safetensors", "dfgn"), load_model(tiny_vae / "model.safetensors", "vae")
+    stickers = data.StickerSet(stickers16, "train")
+    clips = [stickers.clip(r, data.even_frames(r["n"], 8)) for r in stickers.records]
+    means = torch.stack([vae.standardise(vae.moments(data.to_tensor(c))[0]).mean(0) for c in clips])
+    share = torch.tensor([1 / len(stickers.by_concept[r["concept"]]) for r in stickers.records])
+    assert torch.allclose(net.mean_picture, (means * share[:, None, None, None]).sum(0) / share.sum(), atol=0.02)     # cached as float16
+    pictures = net.picture(data.tokenize([r["caption"] for r in stickers.records]))
+    assert (pictures - means).square().mean() < 0.7 * (net.mean_picture - means).square().mean()
 
 
 def test_measured_latents_are_centred_and_uncorrelated(stickers16, tiny_vae):
@@ -525,7 +539,7 @@ def test_fields_of_the_preset_are_set():
 
 OUT_OF_RANGE = [(dict(stage="gan"), "--stage gan"), (dict(lr_schedule="step"), "--lr-schedule step"), (dict(how="best"), "--how best"), (dict(frames="all"), "--frames all"),
                 (dict(precision="fp8"), "--precision fp8"), (dict(groups="nothing"), "--groups|no stickers"), (dict(steps=0), "--steps 0"), (dict(batch=0), "--batch 0"),
-                (dict(log_every=0), "--log-every 0"), (dict(save_every=0), "--save-every 0")]
+                (dict(log_every=0), "--log-every 0"), (dict(save_every=0), "--save-every 0"), (dict(still_first=1.5), "--still-first 1.5"), (dict(text_drop=-0.1), "--text-drop -0.1")]
 
 
 @pytest.mark.parametrize("stage, change, said", [(stage, *case) for stage in ("vae", "dfgn") for case in OUT_OF_RANGE] + [("dfgn", dict(curriculum="fast"), "--curriculum fast")])
