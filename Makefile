@@ -3,7 +3,10 @@
 PY := .venv/bin/python
 PROMPTS := "angry face" "crying face" "sleeping face" "robot" "white heart" "clown face" "thinking face" "grinning cat"
 
-.PHONY: demo test
+GROUPS := smileys-emotion animals-nature people-body travel-places
+ARMS := latents-f8 default no-pictures fill-zeros base-nearest v-bare eps conv3d shared-noise wide no-stills more-stills stills-first no-curriculum
+
+.PHONY: demo test arms
 .DELETE_ON_ERROR:
 
 demo: runs/demo/eval.md
@@ -12,6 +15,41 @@ demo: runs/demo/eval.md
 
 test: .venv/ready
 	$(PY) -m pytest -q tests
+
+# What makes the mini preset good: every arm changes one choice of `default`; eps is to be read against v-bare. `make -j2 arms`: a core
+# for each. latents-f8 comes first, as it writes a cache of latents of its own while `default` writes the others' (no more than -j2).
+arms: $(ARMS:%=runs/arms/%/eval.json)
+	$(PY) evaluate.py --compare $(addprefix runs/arms/,default $(filter-out default,$(ARMS)))
+
+runs/arms/no-pictures/eval.json: CHANGE := --set text.buckets=0
+runs/arms/fill-zeros/eval.json: CHANGE := --set dfgn.known_fill=zeros dfgn.base=zeros
+runs/arms/base-nearest/eval.json: CHANGE := --set dfgn.base=nearest
+runs/arms/v-bare/eval.json: CHANGE := --set dfgn.gate=false
+runs/arms/eps/eval.json: CHANGE := --set dfgn.gate=false diffusion.prediction=eps diffusion.terminal=0
+runs/arms/conv3d/eval.json: CHANGE := --set dfgn.temporal=conv3d
+runs/arms/shared-noise/eval.json: CHANGE := --set diffusion.shared_noise=0.5
+runs/arms/wide/eval.json: CHANGE := --set dfgn.widths=128,256
+runs/arms/no-stills/eval.json: CHANGE := --still-share 0
+runs/arms/more-stills/eval.json: CHANGE := --still-share 0.8
+runs/arms/stills-first/eval.json: CHANGE := --still-share 0 --still-first 0.5
+runs/arms/no-curriculum/eval.json: CHANGE := --curriculum none
+runs/arms/latents-f8/eval.json: CHANGE := --vae runs/vae-f8/model.safetensors --set vae.patch=4 vae.latent_channels=48 vae.fold=1
+runs/arms/latents-f8/eval.json: runs/vae-f8/trained
+
+runs/arms/%/eval.json: runs/vae/trained
+	OMP_NUM_THREADS=1 $(PY) train.py --groups $(GROUPS) --steps 160 --out runs/arms/$* $(CHANGE)
+	OMP_NUM_THREADS=1 $(PY) evaluate.py --run runs/arms/$* --split val --n 25 --tasks t2v it2v interpolation prediction_forward
+
+data/fluent/meta.json: | .venv/ready
+	$(PY) data.py fluent
+
+runs/vae/trained: data/fluent/meta.json
+	$(PY) train.py --stage vae --steps 2000 --batch 8 --lr 2e-3
+	touch $@
+
+runs/vae-f8/trained: data/fluent/meta.json
+	$(PY) train.py --stage vae --steps 2000 --batch 8 --lr 2e-3 --out runs/vae-f8 --set vae.patch=4 vae.latent_channels=48 vae.fold=1
+	touch $@
 
 .venv/ready: requirements.txt
 	test -x $(PY) || python3 -m venv .venv

@@ -3,6 +3,7 @@
     python evaluate.py --run runs/dfgn                                  # tables on stdout, RUN/eval.json
     python evaluate.py --run runs/dfgn --tasks t2v it2v --sheet out.png # and the first clips of each task, not picked
     python evaluate.py --run runs/dfgn --prompts captions.txt --sheet out.png   # fixed captions, nothing measured
+    python evaluate.py --compare runs/a runs/b                          # a row for each run that was evaluated
 
 One sticker a concept, evenly spaced frames, on white, the masks of data.eval_mask. PSNR is of the frames that were not given,
 beside copying the nearest given frame, blending the two around (stickers loop: the first follows the last) and the VAE's own round
@@ -22,7 +23,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from data import TASKS, StickerSet, UserError, contact_sheet, eval_mask, even_frames, nearest_given, run_cli, to_rgba, to_tensor
+from data import TASKS, StickerSet, UserError, contact_sheet, eval_mask, even_frames, nearest_given, read_jsonl, run_cli, to_rgba, to_tensor
 from metrics import LocalFeatures, bootstrap, bootstrap_fd, fd, psnr
 from model import fill
 from sample import DEFAULTS, Sampler
@@ -199,6 +200,45 @@ def save_sheet(path, clips, labels, marks=None):
     print(path)
 
 
+def flat(tree, prefix=""):
+    """{a: {b: 1}} -> {"a.b": 1}."""
+    return {name: v for key, value in tree.items() for name, v in
+            (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}).items()}
+
+
+def read_run(run):
+    """What a run was trained with, flat; its last step; core-seconds of all steps (rank 0, without loaders); its evaluation."""
+    try:
+        config = json.loads((Path(run) / "config.json").read_text())
+        trained = flat(dict(train={k: v for k, v in config["train"].items() if k not in ("set", "out")}, model=config["model"]))
+        log = [line for _, line in read_jsonl(Path(run) / "log.jsonl")]
+        return trained, log[-1]["step"], sum(line["cpu_s"] for line in log), json.loads((Path(run) / "eval.json").read_text())
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"--compare {run}: a run's config.json, log.jsonl and eval.json are needed ({error}); run `python evaluate.py --run {run}` first") from None
+
+
+def compare(runs):
+    """A table with a row for each run: how it differs from the first, its core-seconds, and what evaluate.py measured."""
+    reports = {run: read_run(run) for run in runs}
+    first, _, _, report = reports[runs[0]]
+    for run, (*_, other) in reports.items():
+        for key in ("set", "split", "files", "seed", "protocol", "sampler"):
+            if other[key] != report[key]:
+                raise UserError(f"--compare {run}: evaluated with another {key} than {runs[0]}; evaluate both alike")
+        if list(other["tasks"]) != list(report["tasks"]):
+            raise UserError(f"--compare {run}: evaluated on other --tasks than {runs[0]}; evaluate both alike")
+    rows = []
+    for run, (trained, step, cpu, other) in reports.items():
+        changed = ", ".join(f"{k.split('.', 1)[1]}={json.dumps(v)}" for k, v in trained.items() if first.get(k) != v)
+        margins = [t["psnr"]["model - copy"] for t in other["tasks"].values() if t["psnr"]]
+        distances = [f"{t['fd']['FD-app']['value']:.2f}, {t['fd']['FD-mot']['value']:.2f}" for t in other["tasks"].values()]
+        rows.append([Path(run).name, changed or "-", str(step), f"{cpu:.0f}", *(with_interval(m["mean"], m["interval"]) for m in margins), *distances])
+    given = [f"{task}, dB over copying" for task, t in report["tasks"].items() if t["psnr"]]
+    head = ["run", "differs in", "steps", "core-s of the steps", *given, *(f"{task}, FD-app, FD-mot" for task in report["tasks"])]
+    return (f"{report['split']} split, n = {report['n']} concepts, trained with seed {first['train.seed']}, evaluated with {report['seed']}; "
+            f"{report['protocol']}; 95 % intervals of the differences\n\n{markdown(head, rows)}")
+
+
 # ------------------------------------------------------------------------------------------------ command line
 def read_prompts(path):
     """Captions: one a line, or a JSON list of strings."""
@@ -231,6 +271,7 @@ def parse(argv):
     parser.add_argument("--text-scale", type=float, help="text guidance")
     parser.add_argument("--image-scale", type=float, help="guidance of the given frames")
     parser.add_argument("--detail", action=argparse.BooleanOptionalAction, default=True, help="as in sample.py")
+    parser.add_argument("--compare", nargs="+", metavar="RUN", help="runs that were evaluated: print a row for each and stop")
     parser.add_argument("--prompts", help="file of captions: write a t2v --sheet of all of them and stop")
     parser.add_argument("--sheet", help="PNG contact sheet to write")
     parser.add_argument("--rows", type=int, default=8, help="clips of each task on the sheet")
@@ -250,6 +291,8 @@ def check(args):
 
 def main(argv=None):
     args = parse(argv)
+    if args.compare:
+        return print(compare(args.compare))
     check(args)
     model = Path(args.run) / "model.safetensors"
     sampler = Sampler(model, args.vae)

@@ -245,6 +245,33 @@ def test_sheet_of_fixed_prompts(world, tmp_path, text, capsys):
         assert image.height == 4 + 2 * (16 * 2 + 14 + 4)
 
 
+def test_runs_are_compared_by_what_differs(tmp_path, capsys):
+    def run(name, steps, margin, seed=0, sampler=2, **train):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(dict(train=dict(steps=steps, seed=0, out=name, **train), model=dict(frames=8, dfgn=dict(base="loop")))))
+        (folder / "log.jsonl").write_text("".join(json.dumps(dict(step=s, cpu_s=1.5)) + "\n" for s in (1, 2, steps)))
+        fd = {k: dict(value=v, interval=[0, 9]) for k, v in (("FD-app", 0.5), ("FD-mot", 0.25))}
+        given = dict(psnr={"model - copy": dict(mean=margin, interval=[margin - 1, margin + 1])}, fd=fd)
+        (folder / "eval.json").write_text(json.dumps(dict(split="val", set="s", n=2, seed=seed, files=["a", "b"], protocol="p", sampler=sampler, tasks=dict(t2v=dict(psnr=None, fd=fd), it2v=given))))
+        return str(folder)
+    a, b = run("a", 10, -1.0, frames="step"), run("b", 12, 2.0, frames="sample")
+    other, another = run("other", 10, 0.0, seed=1), run("another", 10, 0.0, sampler=4)
+    evaluate.main(["--compare", a, b])
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert rows[0] == "| a | - | 10 | 4 | -1.00 [-2.00, 0.00] | 0.50, 0.25 | 0.50, 0.25 |"
+    assert rows[1] == '| b | steps=12, frames="sample" | 12 | 4 | 2.00 [1.00, 3.00] | 0.50, 0.25 | 0.50, 0.25 |'
+    with pytest.raises(data.UserError, match="other: evaluated with another seed"):
+        evaluate.main(["--compare", a, other])
+    with pytest.raises(data.UserError, match="another sampler than"):
+        evaluate.main(["--compare", a, another])
+    (tmp_path / "b" / "log.jsonl").write_text("")
+    with pytest.raises(data.UserError, match="--compare .*b:.*needed"):
+        evaluate.main(["--compare", a, b])
+    with pytest.raises(data.UserError, match="--compare nowhere"):
+        evaluate.main(["--compare", a, "nowhere"])
+
+
 @pytest.mark.parametrize("more, culprit", [
     (["--run", "nowhere"], "--run nowhere"), (["--data", "nowhere"], "nowhere"), (["--n", "1"], "--n 1"), (["--batch", "0"], "--batch 0"),
     (["--groups", "no-such"], "--groups no-such"), (["--seed", "-1"], "--seed -1"), (["--steps", "5000"], "--steps 5000"),
