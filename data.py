@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
 from scipy.cluster.vq import kmeans2
 from tqdm import tqdm
 
@@ -175,7 +175,10 @@ def decode_frames(source, name, most=None, size=None, keep=()):
                     frames.append(np.asarray(square_image(frame, size) if size else frame))
     except UserError:
         raise
+    except UnidentifiedImageError:
+        raise UserError(f"{name}: cannot be read as an image (no GIF, WebP, PNG or JPEG, or cut off at once)") from None
     except Exception as error:                   # a broken file can make Pillow raise nearly anything
+        error = getattr(error, "strerror", None) or error
         raise UserError(f"{name}: cannot be read as an image ({error})") from None
     return np.stack(frames), kept_durations(durations, kept), kept
 

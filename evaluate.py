@@ -214,7 +214,7 @@ def read_run(run):
         log = [line for _, line in read_jsonl(Path(run) / "log.jsonl")]
         return trained, log[-1]["step"], sum(line["cpu_s"] for line in log), json.loads((Path(run) / "eval.json").read_text())
     except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"--compare {run}: a run's config.json, log.jsonl and eval.json are needed ({error}); run `python evaluate.py --run {run}` first") from None
+        raise UserError(f"--compare {run}: config.json, log.jsonl and eval.json of a dfgn run are needed ({error}); `python evaluate.py --run {run}` makes the last") from None
 
 
 def compare(runs):
@@ -285,6 +285,8 @@ def check(args):
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.prompts and not args.sheet:
         raise UserError("--prompts: say with --sheet FILE.png where the stickers go")
+    if args.sheet and Path(args.sheet).suffix.lower() != ".png":
+        raise UserError(f"--sheet {args.sheet}: a sheet is a .png file")
     if not (Path(args.run) / "model.safetensors").is_file():
         raise UserError(f"--run {args.run}: no model.safetensors there; train one with `python train.py --out {args.run}`")
 

@@ -1,10 +1,10 @@
 """Make stickers with a trained DFGN: DDIM under two guidances (RDTF, arXiv 2503.17735, Table 6), GIF / WebP / APNG out.
 
-    python sample.py --prompt "clapping hands"                              # clapping-hands.webp
-    python sample.py --prompt "red heart" "fire" --num 4 --sheet out.png    # four of each, and a contact sheet
+    python sample.py --prompt "rocket"                                      # rocket.webp
+    python sample.py --prompt "red heart" "frog" --num 4 --sheet out.png    # four of each, and a contact sheet
     python sample.py --prompt "crying face" --image face.png                # it2v; without --prompt: i2v
     python sample.py --frames a.gif --task interpolation                    # also prediction_forward, prediction_backward
-    python sample.py --prompt "fire" --for signal                           # as that platform wants it
+    python sample.py --prompt "frog" --for signal                           # as that platform wants it
 
 Frames that are given come back exactly (in .webp and .png, at the preset's size). Sample k depends on (--seed, k) alone: not on the batch size.
 """
@@ -264,11 +264,13 @@ def main(argv=None):
     if any(not p.strip() for p in args.prompt):
         raise UserError("--prompt: empty; describe a sticker, or leave the option out for i2v, interpolation or prediction")
     if not args.prompt and not (args.image or args.frames):
-        raise UserError("--prompt: say what to draw, as in --prompt \"clapping hands\"")
+        raise UserError("--prompt: say what to draw, as in --prompt \"rocket\"")
     for name, least in dict(num=1, batch=1, duration=1, steps=1, seed=0).items():
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
+    if args.sheet and Path(args.sheet).suffix.lower() != ".png":
+        raise UserError(f"--sheet {args.sheet}: a sheet is a .png file")
     names = [slug(p) for p in args.prompt for _ in range(args.num)] or [Path(args.image or args.frames).stem + "-sticker"] * args.num
     paths = output_paths(args, names)
     sampler = Sampler(args.model, args.vae)

@@ -276,7 +276,7 @@ def test_runs_are_compared_by_what_differs(tmp_path, capsys):
     (["--run", "nowhere"], "--run nowhere"), (["--data", "nowhere"], "nowhere"), (["--n", "1"], "--n 1"), (["--batch", "0"], "--batch 0"),
     (["--groups", "no-such"], "--groups no-such"), (["--seed", "-1"], "--seed -1"), (["--steps", "5000"], "--steps 5000"),
     (["--prompts", "x.txt"], "--prompts"), (["--prompts", "nowhere.txt", "--sheet", "s.png"], "nowhere.txt"),
-    (["--vae", "nowhere.st"], "nowhere.st")])
+    (["--vae", "nowhere.st"], "nowhere.st"), (["--sheet", "s.txt"], "--sheet s.txt")])
 def test_bad_input_is_refused_in_one_line(world, capsys, more, culprit):
     with pytest.raises(SystemExit) as stop:
         data.run_cli(lambda: evaluate.main(command(world, *more)))

@@ -398,11 +398,11 @@ def test_what_is_refused(run, tmp_path, still, moving, tiny_vae):
     before = sorted(p.name for p in tmp_path.rglob("*"))
     cases = [
         ([], "--prompt"), (["--prompt", ""], "--prompt.*empty"), (["--prompt", "fire", "  "], "--prompt.*empty"),
-        (["--image", "in/broken.png"], "broken.png"), (["--image", "none.png"], "none.png"), (["--frames", "in/broken.png"], "broken.png"),
+        (["--image", "in/broken.png"], "broken.png: cannot be read as an image .no GIF"), (["--image", "none.png"], "none.png"), (["--frames", "in/broken.png"], "broken.png"),
         (["--prompt", "x", "--model", "none.safetensors"], "none.safetensors.*train.py"), (["--prompt", "x", "--model", "in/broken.png"], "broken.png"),
         (["--prompt", "x", "--model", tiny_vae / "model.safetensors"], "'vae'.*'dfgn'"),
         (["--prompt", "x", "--vae", "in/other.safetensors"], "--vae in/other.safetensors"), (["--prompt", "x", "--vae", "none.safetensors"], "none.safetensors"),
-        (["--prompt", "x", "--out", "a.mp4"], "--out a.mp4"), (["--prompt", "x", "--out", "a.gif", "--for", "signal"], "--out a.gif.*png"),
+        (["--prompt", "x", "--sheet", "a.txt"], "--sheet a.txt.*png"), (["--prompt", "x", "--out", "a.mp4"], "--out a.mp4"), (["--prompt", "x", "--out", "a.gif", "--for", "signal"], "--out a.gif.*png"),
         (["--prompt", "x", "--task", "interpolation"], "--task interpolation.*--frames"), (["--prompt", "x", "--task", "prediction_forward", "--image", still], "--frames"),
         (["--prompt", "x", "--task", "it2v"], "--task it2v.*--image"), (["--frames", moving[0], "--image", still], "--image.*--frames"),
         (["--image", still, "--task", "t2v"], "--task t2v"), (["--frames", still], "--frames.*two"),
