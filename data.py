@@ -232,6 +232,12 @@ def write_animation(path, frames, durations, loop=0, quality=None, lossless=True
     Path(path).write_bytes(webp_alpha(file.getvalue()))
 
 
+def check_sheet(path):
+    """Refuse a --sheet that contact_sheet would give a misleading name, before anything slow."""
+    if path and Path(path).suffix.lower() != ".png":
+        raise UserError(f"--sheet {path}: a sheet is a .png file")
+
+
 def contact_sheet(rows, path, labels=None, scale=2, marks=None):
     """Write a PNG on white: one row a clip (T, H, W, 4), its label above; frames where `marks` is true framed in blue."""
     gap, text = 4, 14 if labels else 0

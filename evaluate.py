@@ -23,11 +23,11 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from data import TASKS, StickerSet, UserError, contact_sheet, eval_mask, even_frames, nearest_given, read_jsonl, run_cli, to_rgba, to_tensor
+from data import TASKS, StickerSet, UserError, check_sheet, contact_sheet, eval_mask, even_frames, nearest_given, read_jsonl, run_cli, to_rgba, to_tensor
 from metrics import LocalFeatures, bootstrap, bootstrap_fd, fd, psnr
 from model import fill
 from sample import DEFAULTS, Sampler
-from train import file_hash, write_atomically
+from train import file_hash, flat, write_atomically
 
 
 # ------------------------------------------------------------------------------------------------ clips
@@ -200,12 +200,6 @@ def save_sheet(path, clips, labels, marks=None):
     print(path)
 
 
-def flat(tree, prefix=""):
-    """{a: {b: 1}} -> {"a.b": 1}."""
-    return {name: v for key, value in tree.items() for name, v in
-            (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}).items()}
-
-
 def read_run(run):
     """What a run was trained with, flat; its last step; core-seconds of all steps (rank 0, without loaders); its evaluation."""
     try:
@@ -285,8 +279,7 @@ def check(args):
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.prompts and not args.sheet:
         raise UserError("--prompts: say with --sheet FILE.png where the stickers go")
-    if args.sheet and Path(args.sheet).suffix.lower() != ".png":
-        raise UserError(f"--sheet {args.sheet}: a sheet is a .png file")
+    check_sheet(args.sheet)
     if not (Path(args.run) / "model.safetensors").is_file():
         raise UserError(f"--run {args.run}: no model.safetensors there; train one with `python train.py --out {args.run}`")
 

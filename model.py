@@ -18,7 +18,6 @@ from einops import rearrange
 
 
 END = 49407                               # open_clip's token after a caption
-HASHES = 3                                # of a word, in the linear guess of a picture
 
 
 # ------------------------------------------------------------------------------------------------ configs
@@ -416,7 +415,7 @@ class TextEncoder(nn.Module):
         return self.norm_out(x), mask
 
 
-def count_words(tokens, buckets, hashes=HASHES):
+def count_words(tokens, buckets, hashes=3):
     """How often each word (token), and each pair of neighbouring words, stands in captions (B, L) -> (B, buckets) float32.
 
     A word counts in as many buckets as there are hashes (MurmurHash3's finaliser): hardly two words then have all in common."""
@@ -810,10 +809,11 @@ class RDTF(nn.Module):
         stands = sum(share * (count_words(t, len(self.word_weight)) > 0).float().sum(0) for t, share in captions)
         self.word_weight.copy_((len(z) / stands.clamp_min(shares.min())).log() + 0.1)
         gram, cross = ridge * torch.eye(len(self.word_weight), device=z.device), torch.zeros_like(self.word_pictures).flatten(1)
+        wanted = (z - self.mean_picture).flatten(1)
         for t, share in captions:
             words = self.weigh_words(t)
             scaled = (words * (share * weights)[:, None]).T
-            gram, cross = gram + scaled @ words, cross + scaled @ (z - self.mean_picture).flatten(1)
+            gram, cross = gram + scaled @ words, cross + scaled @ wanted
         self.word_pictures.copy_(torch.linalg.solve(gram, cross).view_as(self.word_pictures))
 
     @exact
@@ -868,14 +868,14 @@ class RDTF(nn.Module):
         if not given.any():
             given, cond_mask = given | True, cond_mask * 0
 
-        def deviations(masks, weights, chosen, scale):
-            x = (z0 - self.bases(z0, masks, loss_mask, picture)[1])[chosen] / scale[chosen][:, None, None, None, None]
-            weights = weights[chosen]
+        def deviations(x, weights):
             mean, rest = self.spectrum(x, weights)
             rest = rest.square().sum((0, 1)) / (weights.sum(1) - 1).clamp_min(0).sum().clamp_min(1)
             return torch.stack([mean[:, 0].square().mean(0), rest]).sqrt().clamp_min(1e-3)  # a channel may never change
-        self.data_std[0] = deviations(cond_mask * 0, loss_mask, given | True, torch.ones_like(loss_mask[:, 0]))
-        self.data_std[1] = deviations(cond_mask, loss_mask * (1 - cond_mask), given, self.spread(z0, cond_mask))
+        left = lambda mask: z0 - self.bases(z0, mask, loss_mask, picture)[1]
+        self.data_std[0] = deviations(left(cond_mask * 0), loss_mask)
+        left_over = left(cond_mask) / self.spread(z0, cond_mask)[:, None, None, None, None]  # in units that row 0 sets
+        self.data_std[1] = deviations(left_over[given], (loss_mask * (1 - cond_mask))[given])
 
     def predict(self, r_t, t, context, context_mask, known, cond_mask, loss_mask, spread):
         """eps or v of r_t (B, T, c, h, w), float32; spread (B,) of the given frames."""

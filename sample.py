@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from data import (TASKS, UserError, contact_sheet, even_frames, nearest_given, read_animation, run_cli, square, to_rgba, to_tensor,
+from data import (TASKS, UserError, check_sheet, contact_sheet, even_frames, nearest_given, read_animation, run_cli, square, to_rgba, to_tensor,
                   tokenize, webp_alpha, write_animation)
 from train import file_hash, load_model
 
@@ -269,8 +269,7 @@ def main(argv=None):
         value = getattr(args, name)
         if value is not None and value < least:
             raise UserError(f"--{name} {value}: must be at least {least}")
-    if args.sheet and Path(args.sheet).suffix.lower() != ".png":
-        raise UserError(f"--sheet {args.sheet}: a sheet is a .png file")
+    check_sheet(args.sheet)
     names = [slug(p) for p in args.prompt for _ in range(args.num)] or [Path(args.image or args.frames).stem + "-sticker"] * args.num
     paths = output_paths(args, names)
     sampler = Sampler(args.model, args.vae)

@@ -246,15 +246,17 @@ def training_set(config, preset):
 
 
 class VAEStage:
-    """What the loop needs: the network, a step's losses, and what is written with a checkpoint."""
+    """What the loop needs: the network, a step's losses, and what is written with a checkpoint.
+
+    fresh: nothing was saved yet, so what the network begins from is worked out; a checkpoint holds it."""
     kind = "vae"
 
-    def __init__(self, config, preset, rank, world, device):
+    def __init__(self, config, preset, rank, world, device, fresh):
         self.config, self.preset, self.rank, self.world, self.device = config, preset, rank, world, device
         self.stickers = training_set(config, preset)
         self.inputs = dict(data=self.stickers.meta["hash"])
         self.net = VAE(preset.vae)
-        if preset.vae.shortcut:
+        if fresh and preset.vae.shortcut:
             self.net.start_shortcut(self.net.images(torch.stack([draw_image(self.stickers, config, 0, n)[0] for n in range(256)])))
         self.net.to(device)
 
@@ -323,7 +325,7 @@ def ignore_sigterm(_):
 class DFGNStage:
     kind = "dfgn"
 
-    def __init__(self, config, preset, rank, world, device):
+    def __init__(self, config, preset, rank, world, device, fresh):
         self.config, self.preset, self.rank, self.world, self.device = config, preset, rank, world, device
         if preset.text.kind == "open_clip":
             raise UserError(f"--preset {preset.name}: text.kind=open_clip wants features of OpenCLIP's text tower, which this version cannot "
@@ -340,9 +342,9 @@ class DFGNStage:
             dist.barrier()
         self.vae = vae.cpu()
         self.net = RDTF(preset)
-        if preset.text.buckets:
+        if fresh and preset.text.buckets:
             self.fit_pictures()
-        if preset.dfgn.gate:
+        if fresh and preset.dfgn.gate:
             self.measure_data()
         self.net.to(device)
         self.curriculum = Curriculum(config.curriculum, config.steps, config.pid_raw)
@@ -436,6 +438,12 @@ def read_state(run):
     return None
 
 
+def flat(tree, prefix=""):
+    """{a: {b: 1}} -> {"a.b": 1}."""
+    return {name: v for key, value in tree.items() for name, v in
+            (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}).items()}
+
+
 def check_same_config(run, config, preset):
     """Resuming must not change what is trained; how it is watched may change. Returns the hashes of what it was started with."""
     free = {"workers", "log_every", "save_every", "out"}
@@ -443,8 +451,6 @@ def check_same_config(run, config, preset):
     for key, value in asdict(config).items():
         if key not in free and old["train"].get(key) != value:
             raise UserError(f"--{key.replace('_', '-')} {value}: {run} was started with {old['train'].get(key)}; go on with that, or name another --out")
-    flat = lambda model: {name: value for part, values in model.items() for name, value in (
-        {f"{part}.{key}": v for key, v in values.items()} if isinstance(values, dict) else {part: values}).items()}
     before = flat(old["model"])
     for name, value in flat(json.loads(json.dumps(preset.to_dict()))).items():
         if before.get(name) != value:
@@ -485,7 +491,7 @@ def train(config):
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
     started = any((run / name).is_file() for name in ("state.pt", "state.prev.pt"))
     before = check_same_config(run, config, preset) if started else {}
-    stage = STAGES[config.stage](config, preset, rank, world, device)
+    stage = STAGES[config.stage](config, preset, rank, world, device, fresh=not started)
     for key, value in before.items():
         if stage.inputs[key] != value:
             raise UserError(f"--{key} {getattr(config, key)}: not what {run} was started with (hash {stage.inputs[key][:12]}, was {value[:12]}); name another --out")

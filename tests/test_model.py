@@ -127,14 +127,14 @@ def test_vae_shapes(config):
 
 
 def test_latents_are_standardised_and_back():
-    vae = randomise(VAE(tiny(vae__fold=1).vae))
+    vae = randomise(VAE(tiny(vae__fold=1).vae)).double()                       # float32 convolutions may round otherwise at another address
     channels = len(vae.latent_mean)
     vae.latent_mean.copy_(torch.linspace(-2, 3, channels)), vae.latent_std.copy_(torch.linspace(0.5, 4, channels))
-    x = normal(2, 4, 16, 16)
+    x = normal(2, 4, 16, 16).double()
     mean = vae.moments(x)[0]
     by_hand = torch.stack([(mean[:, i] - vae.latent_mean[i]) / vae.latent_std[i] for i in range(channels)], 1)
     assert torch.allclose(vae.encode(x), by_hand, atol=1e-6)
-    assert torch.allclose(vae.decode(vae.encode(x)), vae.reconstruct(mean), atol=1e-4)
+    assert torch.allclose(vae.decode(vae.encode(x)), vae.reconstruct(mean), atol=1e-5)
 
 
 def test_folded_latents_are_turned_and_back():
