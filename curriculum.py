@@ -37,12 +37,13 @@ class Curriculum:
 
     steps: length of the static line. raw: the PID sees the bare loss, not the one divided by the running mean of its
     (task, timestep decile), which says little but what was drawn. r is the share of recent scores above the current one, smoothed
-    over `smooth` steps: bare, it jumps over its whole range with the noise of single batches."""
+    over `smooth` steps: bare, it jumps over its whole range with the noise of single batches. tasks: those to draw; none named: all."""
 
-    def __init__(self, mode="adaptive", steps=1, raw=False, smooth=None):
+    def __init__(self, mode="adaptive", steps=1, raw=False, tasks=(), smooth=None):
         if mode not in MODES:
             raise UserError(f"--curriculum {mode}: choose one of {', '.join(MODES)}")
         self.mode, self.steps, self.raw = mode, max(steps, 1), raw
+        self.trained = np.array([not tasks or task in tasks for task in TASKS], float)
         self.smooth = smooth or max(self.steps // 20, WARM)
         self.losses, self.scores = deque(maxlen=WINDOW), deque(maxlen=WINDOW)
         self.sums, self.counts = np.zeros((len(TASKS), 10)), np.zeros((len(TASKS), 10))
@@ -57,7 +58,7 @@ class Curriculum:
         return static if self.mode == "linear" else static + [adaptive_weight(task, self.r) for task in TASKS]
 
     def probabilities(self, step):
-        weights = self.weights(step)
+        weights = self.weights(step) * self.trained
         return weights / weights.sum()
 
     def entropy(self, step):

@@ -57,10 +57,11 @@ class TrainConfig:
     ema: float = 0.999                    # decay of the averaged weights; rises to it over the first steps
     precision: str = "auto"               # float32, bf16 (autocast), auto: bf16 where the hardware multiplies it
     seed: int = 0
+    tasks: list = field(default_factory=list)  # tasks to train on; none named: all six
     curriculum: str = "adaptive"          # none, linear, adaptive
     pid_raw: bool = False                 # feed the bare loss to the curriculum's PID score
     how: str = "mixed"                    # frames of a clip: kmeans (paper), even, mixed (a coin decides)
-    frames: str = "step"                  # k of 3..T is drawn per step (no padding), or per sample (paper)
+    frames: str = "step"                  # k of 3..T is drawn per step (no padding), or per sample (paper); full: always T
     still_share: float = 0.5              # share of the steps that train on single frames
     still_first: float = 0.0              # share of the steps, the first ones, that train on single frames alone
     word_dropout: float = 0.2             # a word of a caption becomes "#"
@@ -342,12 +343,12 @@ class DFGNStage:
             dist.barrier()
         self.vae = vae.cpu()
         self.net = RDTF(preset)
+        self.curriculum = Curriculum(config.curriculum, config.steps, config.pid_raw, config.tasks)
         if fresh and preset.text.buckets:
             self.fit_pictures()
         if fresh and preset.dfgn.gate:
             self.measure_data()
         self.net.to(device)
-        self.curriculum = Curriculum(config.curriculum, config.steps, config.pid_raw)
 
     def fit_pictures(self, most=4096, draws=6):
         """Fit the network's guess of a sticker's mean frame from its caption. The bare caption has half of the weight, as it is what users
@@ -364,14 +365,15 @@ class DFGNStage:
 
     @torch.no_grad()
     def measure_data(self, count=512):
-        """Set the network's data_std from clips of the training set under all tasks."""
+        """Set the network's data_std from clips of the training set under all tasks that are trained."""
         clips, T = self.clips(), self.preset.frames
-        items = self.collate(-1, [clips[0, n, T] for n in range(count)], np.full(len(TASKS), 1 / len(TASKS)))
+        items = self.collate(-1, [clips[0, n, T] for n in range(count)], self.curriculum.trained / self.curriculum.trained.sum())
         self.net.measure(items["z0"], items["cond_mask"], items["loss_mask"], self.net.picture(items["tokens"]))
 
     def clips(self):
         c = self.config
-        return ClipDataset(self.stickers, open_latents(c.data, self.vae_hash), c.seed, c.batch, self.preset.frames, c.how, c.frames, c.word_dropout, c.keywords)
+        return ClipDataset(self.stickers, open_latents(c.data, self.vae_hash), c.seed, c.batch, self.preset.frames, c.how,
+                           "sample" if c.frames == "sample" else "step", c.word_dropout, c.keywords)
 
     def batches(self, start):
         c, T = self.config, self.preset.frames
@@ -448,9 +450,10 @@ def check_same_config(run, config, preset):
     """Resuming must not change what is trained; how it is watched may change. Returns the hashes of what it was started with."""
     free = {"workers", "log_every", "save_every", "out"}
     old = json.loads((run / "config.json").read_text())
+    started = {**asdict(TrainConfig()), **old["train"]}  # a field that is newer than the run had its default
     for key, value in asdict(config).items():
-        if key not in free and old["train"].get(key) != value:
-            raise UserError(f"--{key.replace('_', '-')} {value}: {run} was started with {old['train'].get(key)}; go on with that, or name another --out")
+        if key not in free and started[key] != value:
+            raise UserError(f"--{key.replace('_', '-')} {value}: {run} was started with {started[key]}; go on with that, or name another --out")
     before = flat(old["model"])
     for name, value in flat(json.loads(json.dumps(preset.to_dict()))).items():
         if before.get(name) != value:
@@ -460,10 +463,13 @@ def check_same_config(run, config, preset):
 
 def check_options(config):
     """Refuse words that are not known and numbers that make no sense, before anything slow."""
-    words = dict(stage=STAGES, lr_schedule=("cosine", "constant"), how=("kmeans", "even", "mixed"), frames=("step", "sample"))
+    words = dict(stage=STAGES, lr_schedule=("cosine", "constant"), how=("kmeans", "even", "mixed"), frames=("step", "sample", "full"))
     for name, allowed in words.items():
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: choose one of {', '.join(allowed)}")
+    for task in config.tasks:
+        if task not in TASKS:
+            raise UserError(f"--tasks {task}: choose from {', '.join(TASKS)}")
     for name in ("still_share", "still_first", "word_dropout", "keywords", "text_drop", "cond_drop", "both_drop"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: a share is 0 to 1")

@@ -192,3 +192,12 @@ def test_exit_code(tmp_path):
     script = Path(curriculum.__file__)
     done = subprocess.run([sys.executable, script, "--plot", tmp_path / "a.png", "--log", tmp_path / "none.jsonl"], capture_output=True, text=True)
     assert done.returncode == 2 and "none.jsonl" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("mode", ["none", "linear", "adaptive"])
+def test_only_named_tasks_are_drawn(mode):
+    p = Curriculum(mode, 100, tasks=["it2v", "interpolation"]).probabilities(30)
+    full = Curriculum(mode, 100).probabilities(30)
+    named = [TASKS.index(task) for task in ("it2v", "interpolation")]
+    assert p.sum() == pytest.approx(1) and set(np.flatnonzero(p)) == set(named)
+    assert p[named[0]] / p[named[1]] == pytest.approx(full[named[0]] / full[named[1]])

@@ -571,3 +571,25 @@ def test_exit_code(tiny_dfgn, dfgn_argv):
     done = subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], capture_output=True, text=True, env=dict(os.environ))
     line, = done.stderr.strip().splitlines()
     assert done.returncode == 2 and line.startswith("error: --lr 0.5") and "0.001" in line and str(tiny_dfgn) in line
+
+
+def test_one_task_on_whole_clips(dfgn_argv, tmp_path):
+    """The paper's ablation without dual masks."""
+    run_train(*dfgn_argv, "--steps", 4, "--out", tmp_path / "run", "--tasks", "it2v", "--frames", "full", "--still-share", 0)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert all(set(line["tasks"]) == {"it2v"} for line in lines) and all(line["entropy"] == pytest.approx(7 / 8, abs=1e-5) for line in lines)
+    config = train.TrainConfig(frames="full", still_share=0)
+    assert {train.step_frames(config, step, 8) for step in range(20)} == {(8, 1)}
+    with pytest.raises(UserError, match="--tasks fly: choose from t2v"):
+        run_train(*dfgn_argv, "--steps", 4, "--out", tmp_path / "other", "--tasks", "fly")
+
+
+def test_a_field_newer_than_the_run_had_its_default(dfgn_argv, tmp_path):
+    run = tmp_path / "run"
+    run_train(*dfgn_argv, "--steps", 2, "--out", run)
+    config = json.loads((run / "config.json").read_text())
+    del config["train"]["tasks"]
+    (run / "config.json").write_text(json.dumps(config))
+    run_train(*dfgn_argv, "--steps", 2, "--out", run)
+    with pytest.raises(UserError, match="--tasks .*was started with \\[\\]"):
+        run_train(*dfgn_argv, "--steps", 2, "--out", run, "--tasks", "t2v")
