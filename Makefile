@@ -6,7 +6,7 @@ PROMPTS := "angry face" "crying face" "sleeping face" "robot" "white heart" "clo
 GROUPS := smileys-emotion animals-nature people-body travel-places
 ARMS := latents-f8 default no-pictures fill-zeros base-nearest v-bare eps conv3d shared-noise wide no-stills more-stills stills-first no-curriculum
 
-.PHONY: demo test arms
+.PHONY: demo test arms ablations
 .DELETE_ON_ERROR:
 
 demo: runs/demo/eval.md
@@ -39,6 +39,24 @@ runs/arms/latents-f8/eval.json: runs/vae-f8/trained
 runs/arms/%/eval.json: runs/vae/trained
 	OMP_NUM_THREADS=1 $(PY) train.py --groups $(GROUPS) --steps 160 --out runs/arms/$* $(CHANGE)
 	OMP_NUM_THREADS=1 $(PY) evaluate.py --run runs/arms/$* --split val --n 25 --tasks t2v it2v interpolation prediction_forward
+
+# The runs of the paper's Tables 3 and 4 on the mini preset, two seeds each. Without dual masks (DDU): it2v on whole clips alone.
+ABLATIONS := conv3d sti ddu lcl dcl
+NO_DDU := --tasks it2v --frames full --still-share 0
+
+ablations: $(foreach seed,0 1,$(ABLATIONS:%=runs/ablations/%-$(seed)/trained))
+	$(PY) evaluate.py --table 3 --runs runs/ablations
+	$(PY) evaluate.py --table 4 --runs runs/ablations
+
+runs/ablations/conv3d-%/trained: CHANGE := $(NO_DDU) --curriculum none --set dfgn.temporal=conv3d
+runs/ablations/sti-%/trained: CHANGE := $(NO_DDU) --curriculum none
+runs/ablations/ddu-%/trained: CHANGE := --curriculum none
+runs/ablations/lcl-%/trained: CHANGE := --curriculum linear
+runs/ablations/dcl-%/trained: CHANGE := --curriculum adaptive
+
+runs/ablations/%/trained: runs/vae/trained
+	OMP_NUM_THREADS=1 $(PY) train.py --groups $(GROUPS) --steps 600 --seed $(lastword $(subst -, ,$*)) --out runs/ablations/$* $(CHANGE)
+	touch $@
 
 data/fluent/meta.json: | .venv/ready
 	$(PY) data.py fluent

@@ -1,33 +1,54 @@
-"""Evaluate a trained DFGN on the six tasks of the paper's Table 7, with stickers of held-out concepts.
+"""Evaluate trained DFGNs: the paper's metrics, stand-ins under other names where their weights are not at hand, the paper's tables.
 
-    python evaluate.py --run runs/dfgn                                  # tables on stdout, RUN/eval.json
+    python evaluate.py --run runs/dfgn                                  # six tasks: tables on stdout, RUN/eval.json
     python evaluate.py --run runs/dfgn --tasks t2v it2v --sheet out.png # and the first clips of each task, not picked
+    python evaluate.py --run runs/dfgn --i3d i3d_pretrained_400.pt --dover DOVER.pth --clip open_clip_pytorch_model.bin
     python evaluate.py --run runs/dfgn --prompts captions.txt --sheet out.png   # fixed captions, nothing measured
+    python evaluate.py --fit-judge                                      # the two-tower network of R@1-local, once a set
+    python evaluate.py --check-metrics                                  # how every metric reacts to damaged stickers
+    python evaluate.py --table 3 --runs runs/ablations                  # Table 1, 2, 3, 4, 6 or 7: the paper's numbers beside ours
     python evaluate.py --compare runs/a runs/b                          # a row for each run that was evaluated
+    python evaluate.py --study runs/a runs/b --out out/study.html       # Table 5: a blind ranking in the browser, and its results:
+    python evaluate.py --study-results study-*.json --key out/study.key.json
 
 One sticker a concept, evenly spaced frames, on white, the masks of data.eval_mask. PSNR is of the frames that were not given,
 beside copying the nearest given frame, blending the two around (stickers loop: the first follows the last) and the VAE's own round
-trip. FD-app and FD-mot (metrics.py) compare whole clips, given frames included, with the real ones; their floor is as many real
+trip. Distances (FVD, FD-app, FD-mot) compare whole clips, given frames included, with the real ones; their floor is as many real
 clips of other concepts. Distances fall with n: compare at equal n. Intervals are 95 % bootstrap intervals over concepts.
-Clips are kept in RUN/eval: a second run makes none again.
+Clips and features are kept in RUN/eval and DATA/eval: a second run makes none again, a killed one goes on where it was.
 """
 import argparse
+import base64
+import fcntl
 import hashlib
+import io
+import itertools
 import json
 import os
+import tempfile
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
+from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from data import TASKS, StickerSet, UserError, check_sheet, contact_sheet, eval_mask, even_frames, nearest_given, read_jsonl, run_cli, to_rgba, to_tensor
-from metrics import LocalFeatures, bootstrap, bootstrap_fd, fd, psnr
-from model import fill
+from curriculum import KD, KI, KP
+from data import (TASKS, StickerSet, UserError, check_sheet, contact_sheet, eval_mask, even_frames, given_frames, mask_of, nearest_given, read_jsonl, run_cli,
+                  to_rgba, to_tensor, write_animation)
+from metrics import (CLIPRows, DOVERRows, I3DRows, JudgeRows, LocalRows, NIQE, NIQERows, bootstrap, bootstrap_fd, clip_scores, dover_fuse, extrapolate,
+                     fd_app, fd_mot, fit_judge, frechet, psnr, recall, save_judge)
+from model import PRESETS, RDTF, STI, Config, fill
 from sample import DEFAULTS, Sampler
-from train import file_hash, flat, write_atomically
+from train import TrainConfig, file_hash, flat, write_atomically
+
+DISTANCES = {"FVD": ("i3d", frechet), "FD-app": ("local", fd_app), "FD-mot": ("local", fd_mot)}  # features, and the distance of two sets of them
+JUDGE = "runs/judge.safetensors"
+PAPER = Path(__file__).with_name("assets") / "paper_tables.json"
 
 
 # ------------------------------------------------------------------------------------------------ clips
@@ -73,33 +94,169 @@ def round_trip(sampler, clips, batch):
     return np.concatenate(out)
 
 
-def sample_all(sampler, prompts, args, settings, name, **given):
-    """Clips (N, T, S, S, 4) uint8 for N prompts, sample k seeded by (--seed, k); given: frames and cond_mask, (N, T, ...)."""
-    clips = []
-    with tqdm(total=len(prompts), desc=name, unit="clip") as bar:
-        for i in range(0, len(prompts), args.batch):
-            part = slice(i, i + args.batch)
-            seeds = [(args.seed, k) for k in range(len(prompts))[part]]
-            clips.append(sampler.sample(prompts[part], seeds, **{k: v[part] for k, v in given.items()}, **settings))
-            bar.update(len(seeds))
-    return np.concatenate(clips)
+def hash_of(made_of):
+    return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def generate(sampler, task, real, records, args, settings, sources):
-    """The model's clips for a task, from RUN/eval if the same model, code, stickers and settings made them before."""
-    made_of = dict(sources, task=task, files=[r["file"] for r in records], seed=args.seed, **settings)
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    path = Path(args.run) / "eval" / f"{task}-{key}.npy"
+def kept(folder, name, made_of, shape, dtype, batch, make):
+    """An array of this shape whose rows make(slice) gives, kept as folder/name-HASH.npy.
+
+    Rows are appended to a .part file as they come, so that a killed process goes on behind its last whole one; a second process waits."""
+    path = Path(folder) / f"{name}-{hash_of(made_of)}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
         return np.load(path)
-    prompts = ["" if task == "i2v" else r["caption"] for r in records]
-    mask = np.stack([eval_mask(task, sampler.T, sampler.T)] * len(records))
-    given = dict(frames=real, cond_mask=mask) if mask.any() else {}
-    clips = sample_all(sampler, prompts, args, settings, task, **given)
-    path.parent.mkdir(exist_ok=True)
-    np.save(temporary := path.with_suffix(".tmp.npy"), clips)
-    os.replace(temporary, path)
-    return clips
+    part, size = path.with_suffix(".part"), int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
+    with open(part, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if path.is_file():                       # the other process made it meanwhile
+            return np.load(path)
+        done = min(file.seek(0, os.SEEK_END) // size, shape[0])
+        file.truncate(done * size)
+        with tqdm(total=shape[0], initial=done, desc=name, unit="clip", delay=1) as bar:
+            for i in range(done, shape[0], batch):
+                rows = np.ascontiguousarray(make(slice(i, min(i + batch, shape[0]))), dtype)
+                file.write(rows.tobytes())
+                file.flush()
+                bar.update(len(rows))
+        rows = np.fromfile(part, dtype).reshape(shape)
+        np.save(temporary := path.with_suffix(".tmp.npy"), rows)
+        os.replace(temporary, path)
+        part.unlink()
+    return rows
+
+
+class Run:
+    """A trained run: its network, and the clips it makes for a task, made once for a model, code, stickers and settings."""
+
+    def __init__(self, folder, args):
+        self.folder, self.args, self.model = Path(folder), args, Path(folder) / "model.safetensors"
+        if not self.model.is_file():
+            raise UserError(f"--run {folder}: no model.safetensors there; train one with `python train.py --out {folder}`")
+        self.sampler = Sampler(self.model, args.vae)
+        self.sources = {name: file_hash(Path(__file__).with_name(name)) for name in ("model.py", "sample.py")}
+        self.sources["model"] = file_hash(self.model)
+        with safe_open(str(self.model), "pt") as file:
+            self.meta = {k: json.loads(v) for k, v in file.metadata().items()}
+
+    def settings(self, given):
+        return {**self.sampler.settings(given, **{name: getattr(self.args, name) for name in DEFAULTS}), "detail": self.args.detail}
+
+    def clips(self, task, test):
+        """(clips (N, T, S, S, 4) uint8, what they were made of); clip k is seeded by (--seed, k)."""
+        settings, seed, n = self.settings(task != "t2v"), self.args.seed, len(test.records)
+        made_of = dict(self.sources, set=test.set_hash, task=task, files=test.files, seed=seed, **settings)
+        prompts = ["" if task == "i2v" else caption for caption in test.captions]
+        mask = np.stack([eval_mask(task, self.sampler.T, self.sampler.T)] * n)
+        given = lambda part: dict(frames=test.real[part], cond_mask=mask[part]) if mask.any() else {}
+        make = lambda part: self.sampler.sample(prompts[part], [(seed, k) for k in range(n)[part]], **given(part), **settings)
+        return kept(self.folder / "eval", task, made_of, test.real.shape, np.uint8, self.args.batch, make), made_of
+
+    def made_for(self, prompts):
+        """t2v clips for captions of the user."""
+        parts = range(0, len(prompts), self.args.batch)
+        return np.concatenate([self.sampler.sample(prompts[i:i + self.args.batch], [(self.args.seed, k) for k in range(len(prompts))[i:i + self.args.batch]],
+                                                   **self.settings(False)) for i in tqdm(parts, "t2v")])
+
+
+# ------------------------------------------------------------------------------------------------ the test
+def to_white(rgba):
+    """(..., 4) uint8 straight RGBA -> (..., 3) uint8: what the networks that measure are shown."""
+    return np.round(on_white(rgba) * 255).astype(np.uint8)
+
+
+class Test:
+    """What runs are measured with: one sticker a concept of a split, as many real ones of other concepts, and all that looks at clips.
+
+    rows are dicts of arrays, a row a clip: what each extractor of metrics.py made of them."""
+
+    def __init__(self, args, T=8, size=None):
+        self.args, self.T, self.stickers = args, T, StickerSet(args.data, groups=args.groups)
+        if size not in (None, self.stickers.size):
+            raise UserError(f"--data {args.data}: {self.stickers.size} px, the model makes {size}")
+        own = lambda r: r["split"] == args.split
+        self.records = pick([r for r in self.stickers.records if own(r)], args.n, T, args.seed)
+        if len(self.records) < 2:
+            where = f" in --groups {' '.join(args.groups)}" if args.groups else ""
+            raise UserError(f"--split {args.split}: {len(self.records)} concepts with {T} frames{where} in {args.data}; at least 2 are needed")
+        self.strangers = pick([r for r in self.stickers.records if not own(r)], max(512, len(self.records)), T, args.seed)
+        self.captions, self.files = ([r[key] for r in self.records] for key in ("caption", "file"))
+        self.set_hash, self.real = self.stickers.meta["hash"], read_clips(self.stickers, self.records, T)
+        self.folder = Path(args.data) / "eval"
+        self.extractors = extractors(args, T, self.set_hash)
+
+    def rows(self, folder, made_of, n, read, names=None):
+        """{extractor: (n, width) float32} of the clips that read(slice) gives, uint8 straight RGBA."""
+        code = file_hash(Path(__file__).with_name("metrics.py"))
+        return {x.name: kept(folder, x.name, dict(clips=made_of, by=x.key, code=code), (n, x.width), np.float32, x.batch, lambda part: x(to_white(read(part))))
+                for x in self.extractors if names is None or x.name in names}
+
+    def rows_of(self, records, names=None):
+        """Of real stickers."""
+        made_of = dict(set=self.set_hash, files=[r["file"] for r in records], T=self.T)
+        return self.rows(self.folder, made_of, len(records), lambda part: read_clips(self.stickers, records[part], self.T), names)
+
+    def measure_real(self):
+        """Rows of the real clips and of the strangers', scores of the real ones, the floor of the distances."""
+        self.real_rows, n = self.rows_of(self.records), len(self.records)
+        names = {kind for kind, _ in DISTANCES.values()}
+        if len(self.strangers) > 1:
+            self.niqe = NIQE(self.rows_of(self.strangers, {"niqe"})["niqe"].astype(float))
+            self.floor = distances(self.real_rows, self.rows_of(self.strangers[:n], names), self.args, paired=False)
+        else:
+            self.niqe = self.floor = None
+
+    def scores(self, rows, task):
+        """One value a clip of every metric that has one: {name: (N,)}."""
+        scores = {}
+        if "dover" in rows:
+            scores.update({f"VQA {k}".replace(" overall", ""): v for k, v in dover_fuse(*rows["dover"].astype(float).T).items()})
+        if "clip" in rows:
+            frames = rows["clip"].reshape(len(rows["clip"]), self.T, -1)
+            scores.update(clip_scores(self.text("clip"), frames, first_given=task in ("i2v", "it2v")))
+        if self.niqe:
+            scores["NIQE-local"] = self.niqe.score(rows["niqe"].astype(float))
+        if "judge" in rows:
+            similarity = self.text("judge") @ rows["judge"].T
+            scores.update({"R@1-local": recall(similarity), "R@1-local shuffled": recall(np.roll(similarity, -1, 0))})
+        return scores
+
+    def text(self, name):
+        """Unit vectors of the captions by an extractor."""
+        x = next(x for x in self.extractors if x.name == name)
+        return kept(self.folder, f"{name}-text", dict(captions=self.captions, by=x.key), (len(self.captions), x.dim), np.float32, 64, lambda part: x.texts(self.captions[part]))
+
+    def says(self):
+        return [x.says(self.T, self.stickers.size) for x in self.extractors]
+
+
+def extractors(args, T, set_hash):
+    """All that can look at clips here: the stand-ins, the judge if one was fitted to this set, and what weights were named."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if (args.i3d_eps or args.i3d_frames != "loop") and not args.i3d:
+        raise UserError("--i3d-eps and --i3d-frames: name the weights with --i3d FILE")
+    found = [LocalRows(device), NIQERows()]
+    if args.judge or Path(JUDGE).is_file():
+        judge = JudgeRows(args.judge or JUDGE, device)
+        if judge.set == set_hash:
+            found.append(judge)
+        elif args.judge:
+            raise UserError(f"--judge {args.judge}: fitted to another set than {args.data}; `python evaluate.py --fit-judge --data {args.data}` fits one")
+    if args.i3d:
+        found.append(I3DRows(args.i3d, args.i3d_eps, args.i3d_frames, device))
+    if args.dover:
+        found.append(DOVERRows(args.dover, args.seed, device))
+    if args.clip:
+        found.append(CLIPRows(args.clip, args.clip_model, T, device))
+    return found
+
+
+def fit(args):
+    """Fit the judge of R@1-local; a few seconds."""
+    stickers = StickerSet(args.data, "train")
+    judge, report = fit_judge(stickers, args.seed)
+    save_judge(args.judge or JUDGE, judge, set=stickers.meta["hash"], seed=args.seed, **report)
+    print(f"{args.judge or JUDGE}: {report['stickers']} stickers of {report['concepts']} concepts, {report['seconds']} s")
 
 
 # ------------------------------------------------------------------------------------------------ numbers
@@ -120,33 +277,38 @@ def psnr_of(task, clips, real, decoded, mask, seed):
     return {name: mean_of(v, seed) for name, v in values.items()}
 
 
-def features_of(net, clips):
-    """White RGB clips (N, T, S, S, 3) in 0..1 -> features of LocalFeatures."""
-    return net(torch.from_numpy(np.moveaxis(clips, -1, 2) * 2 - 1))
-
-
-def distances(reference, other, seed, paired):
-    """FD-app and FD-mot of two feature sets, cut to equal n: {name: value, interval; n}."""
-    n = min(len(reference["motion"]), len(other["motion"]))
-    result = dict(n=n)
-    for name, kind in (("FD-app", "appearance"), ("FD-mot", "motion")):
-        a, b = reference[kind][:n], other[kind][:n]
-        result[name] = dict(value=fd(a, b), interval=bootstrap_fd(a, b, seed=seed, paired=paired))
+def distances(reference, other, args, paired=True):
+    """{n, m; FVD, FD-app, FD-mot (those whose features are there): value, interval; FVD at infinitely many clips and its error}."""
+    n, m = (len(next(iter(x.values()))) for x in (reference, other))
+    if n != m and not args.allow_unequal_n:
+        raise UserError(f"{n} real clips against {m} others: a distance depends on n; choose --n {min(n, m)}, or --allow-unequal-n")
+    result = dict(n=n, m=m)
+    for name, (kind, distance) in DISTANCES.items():
+        if kind in reference and kind in other:
+            a, b = reference[kind].astype(float), other[kind].astype(float)
+            result[name] = dict(value=distance(a, b), interval=bootstrap_fd(a, b, seed=args.seed, paired=paired and n == m, distance=distance))
+            if name == "FVD" and min(n, m) >= 32:
+                result["FVD-inf"] = extrapolate(a, b)
     return result
 
 
-def measure(generated, real, others, decoded, net, seed):
-    """All numbers. generated: {task: clips}; real, others, decoded: clips. uint8 straight RGBA -> {task: psnr, fd, copy fd}, {set: fd}."""
-    T, white = real.shape[1], on_white(real)
-    decoded, reference = on_white(decoded), features_of(net, white)
-    distance = lambda clips, paired=True: distances(reference, features_of(net, clips), seed, paired)
-    tasks = {}
-    for task, clips in tqdm(generated.items(), "measuring"):
-        mask, clips = eval_mask(task, T, T), on_white(clips)
-        tasks[task] = dict(given=np.flatnonzero(mask).tolist(), psnr=psnr_of(task, clips, white, decoded, mask, seed),
-                           fd=distance(clips), fd_copy=distance(copy_nearest(white, mask)) if mask.any() else None)
-    floor = distance(on_white(others), paired=False) if len(others) > 1 else None
-    return tasks, dict(vae=distance(decoded), floor=floor)
+def measure(run, test):
+    """All numbers of a run: ({task: given, psnr, fd, fd of copying, scores}, distances of the VAE's round trip, {task: clips})."""
+    args, real, T = run.args, test.real, test.T
+    white, decoded = on_white(real), round_trip(run.sampler, real, args.batch)
+    kinds, tasks, made = {kind for kind, _ in DISTANCES.values()}, {}, {}
+    for task in args.tasks:
+        mask, (clips, made_of) = eval_mask(task, T, T), run.clips(task, test)
+        rows, copied = test.rows(run.folder / "eval", made_of, len(clips), clips.__getitem__), None
+        if mask.any():
+            copies = copy_nearest(real, mask)
+            copied = distances(test.real_rows, test.rows(test.folder, dict(copy=mask.tolist(), of=test.files, set=test.set_hash), len(copies), copies.__getitem__, kinds), args)
+        made[task] = clips
+        tasks[task] = dict(given=np.flatnonzero(mask).tolist(), psnr=psnr_of(task, on_white(clips), white, on_white(decoded), mask, args.seed),
+                           fd=distances(test.real_rows, rows, args), fd_copy=copied,
+                           scores={name: mean_of(v, args.seed) for name, v in test.scores(rows, task).items()})
+    trip = test.rows(run.folder / "eval", dict(vae=run.meta["vae"], of=test.files, set=test.set_hash), len(real), decoded.__getitem__, kinds)
+    return tasks, distances(test.real_rows, trip, args), made
 
 
 # ------------------------------------------------------------------------------------------------ output
@@ -167,12 +329,27 @@ def psnr_table(tasks):
     return markdown(head, [row(task, t["psnr"]) for task, t in tasks.items()])
 
 
+def fd_cells(d):
+    names = [name for name in DISTANCES if name in d]
+    infinite = [f"{d['FVD-inf'][0]:.1f} +- {d['FVD-inf'][1]:.1f}" if "FVD-inf" in d else "-"] if "FVD" in d else []
+    n = str(d["n"]) if d["n"] == d["m"] else f"{d['n']} against {d['m']}"
+    return [n, *(with_interval(**d[k], digits=1 if k == "FVD" else 2) for k in names[:1]), *infinite, *(with_interval(**d[k]) for k in names[1:])]
+
+
 def fd_table(tasks, sets):
-    def row(name, d):
-        return [name, *(["-"] * 3 if d is None else [str(d["n"]), *(with_interval(**d[k]) for k in ("FD-app", "FD-mot"))])]
-    rows = [row(name, d) for task, t in tasks.items() for name, d in ((task, t["fd"]), (f"copy nearest, {task}", t["fd_copy"])) if d]
-    rows += [row("VAE round trip", sets["vae"]), row("floor: real, other concepts", sets["floor"])]
-    return markdown(["distance to the real clips", "n", "FD-app", "FD-mot"], rows)
+    fvd = ["FVD", "FVD-inf"] if "FVD" in sets["vae"] else []
+    rows = [(name, d) for task, t in tasks.items() for name, d in ((task, t["fd"]), (f"copy nearest, {task}", t["fd_copy"])) if d]
+    rows += [("VAE round trip", sets["vae"]), ("floor: real, other concepts", sets["floor"])]
+    head = ["distance to the real clips", "n", *fvd, "FD-app", "FD-mot"]
+    return markdown(head, [[name, *(fd_cells(d) if d else ["-"] * (len(head) - 1))] for name, d in rows])
+
+
+def score_table(tasks, real):
+    """Mean of every score a clip, of the tasks and of the real stickers."""
+    rows = [*((task, t["scores"]) for task, t in tasks.items()), ("real stickers", real)]
+    names = list(dict.fromkeys(name for _, scores in rows for name in scores))
+    cell = lambda scores, name: with_interval(scores[name]["mean"], scores[name]["interval"], 3) if name in scores else "-"
+    return markdown(["mean of a clip", *names], [[row, *(cell(scores, name) for name in names)] for row, scores in rows]) if names else ""
 
 
 def first_line(report):
@@ -232,6 +409,465 @@ def compare(runs):
     return (f"{report['split']} split, n = {report['n']} concepts, trained with seed {first['train.seed']}, evaluated with {report['seed']}; "
             f"{report['protocol']}; 95 % intervals of the differences\n\n{markdown(head, rows)}")
 
+# ------------------------------------------------------------------------------------------------ the paper's tables
+SPEC = dict(temporal="sti", ddu=True, curriculum="adaptive")   # RDTF: every part of the paper
+TABLES = {  # tasks with the key of the paper's numbers, and what a row's runs are trained with; methods that are not of this repository have none
+    "1": (dict(it2v="table1_it2v"), {"RDTF": SPEC}),
+    "2": (dict(interpolation="table2_interpolation", prediction_forward="table2_prediction", prediction_backward="table2_prediction"), {"RDTF": SPEC}),
+    "3": (dict(it2v="table3_modules_it2v"), {"DFGN(3D-Conv)": dict(temporal="conv3d", ddu=False, curriculum="none"), "DFGN": dict(SPEC, ddu=False, curriculum="none"),
+                                             "DFGN + DDU": dict(SPEC, curriculum="none"), "DFGN + DDU + DCL": SPEC}),
+    "4": (dict(it2v="table4_curriculum_it2v"), {"RDTF w/o CL": dict(SPEC, curriculum="none"), "RDTF w/ LCL": dict(SPEC, curriculum="linear"), "RDTF w/ DCL": SPEC})}
+WITHOUT_DDU = dict(tasks=["it2v"], frames="full", still_share=0.0)   # one task on whole clips: no use of dual masks
+WATCHED = ("seed", "out", "workers", "log_every", "save_every", "set", "data", "vae", "stage")   # no choice of a method
+
+
+def find_runs(folders):
+    """Run folders with a trained DFGN among the folders and all below them: {folder: config.json}."""
+    found = {}
+    for folder in folders:
+        for path in sorted(Path(folder).rglob("config.json")):
+            config = json.loads(path.read_text())
+            if config.get("train", {}).get("stage") == "dfgn" and path.with_name("model.safetensors").is_file():
+                found[path.parent] = config
+    if not found:
+        raise UserError(f"--runs {' '.join(folders) or '(none named)'}: no folder with config.json and model.safetensors of a trained DFGN there")
+    return found
+
+
+def describe(config):
+    """(what a row of a table asks for, how dual masks are used, all else that matters) of a run, as JSON text."""
+    trained = flat(dict(train={k: v for k, v in config["train"].items() if k not in WATCHED}, model=config["model"]))
+    masks = {k: trained.pop(f"train.{k}", getattr(TrainConfig(), k)) for k in WITHOUT_DDU}
+    spec = dict(temporal=trained.pop("model.dfgn.temporal"), ddu=masks != WITHOUT_DDU, curriculum=trained.pop("train.curriculum"))
+    return spec, json.dumps(masks), json.dumps(trained, sort_keys=True)
+
+
+def choose(found, specs):
+    """({row: runs of different seeds}, {run left out: why}): the runs that fill most rows and are alike in all but what the rows are about."""
+    described = {folder: describe(config) for folder, config in found.items()}
+    def alike(like):
+        _, masks, rest = like
+        members = [f for f, (spec, m, r) in described.items() if r == rest and (m == masks or not spec["ddu"])]
+        return {row: runs for row, spec in specs.items() if (runs := [f for f in members if described[f][0] == spec])}
+    best = max((alike(like) for like in described.values()), key=lambda rows: (len(rows), sum(map(len, rows.values()))))
+    if not best:
+        raise UserError(f"--runs: none of {len(found)} runs is a row of this table: {'; '.join(f'{row}: {spec}' for row, spec in specs.items())}")
+    used = [f for runs in best.values() for f in runs]
+    first = flat(found[used[0]])
+    why = lambda f: ", ".join(f"{k.split('.', 1)[1]}={json.dumps(v)}" for k, v in flat(found[f]).items()
+                              if k.split(".", 1)[0] != "inputs" and k.split(".")[-1] not in WATCHED and first.get(k) != v)
+    return best, {str(f): why(f) or "the same as another" for f in found if f not in used}
+
+
+class Cell:
+    """What a row holds for a task: for every metric a function of which clips (array of numbers) are looked at, the mean over runs."""
+
+    def __init__(self, test, task, measured):
+        self.metrics, n = {}, len(test.records)
+        for name, (kind, distance) in DISTANCES.items():
+            if kind in test.real_rows:
+                self.metrics[name] = lambda i, kind=kind, distance=distance: np.mean([distance(test.real_rows[kind][i].astype(float), rows[kind][i].astype(float)) for rows, _ in measured])
+        for name in measured[0][1]:
+            values = np.mean([scores[name] for _, scores in measured], 0)
+            self.metrics[name] = lambda i, values=values: values[i].mean()
+        self.points = {name: float(of(np.arange(n))) for name, of in self.metrics.items()}
+
+    def resample(self, draws):
+        """Every metric on every draw of clips (draws, n), moved so that their median is the value: resampled distances are biased."""
+        values = {name: np.array([of(i) for i in draws]) for name, of in self.metrics.items()}
+        self.draws = {name: v - np.median(v) + self.points[name] for name, v in values.items()}
+        return self
+
+
+def between(draws):
+    return [float(x) for x in np.percentile(draws, (2.5, 97.5))]
+
+
+def cells_of(test, task, rows, args):
+    """{row: Cell} with one paired set of draws for all rows, {row: {metric: difference to the last row, interval}}."""
+    draws = np.random.default_rng(args.seed).integers(len(test.records), size=(200, len(test.records)))
+    cells = {row: Cell(test, task, measured).resample(draws) for row, measured in tqdm(rows.items(), f"{task}, intervals")}
+    last = list(cells.values())[-1]
+    less = {row: {m: (c.points[m] - last.points[m], between(c.draws[m] - last.draws[m])) for m in c.points if m in last.points}
+            for row, c in cells.items() if c is not last}
+    return cells, less
+
+
+def measured(folder, test, task, args):
+    """(rows, scores) of a run for a task; PSNR is in dB over copying the nearest given frame."""
+    run = Run(folder, args)
+    clips, made_of = run.clips(task, test)
+    rows, mask = test.rows(run.folder / "eval", made_of, len(clips), clips.__getitem__), eval_mask(task, test.T, test.T)
+    white, real, unknown = on_white(clips), on_white(test.real), mask == 0
+    margin = psnr(white[:, unknown], real[:, unknown]) - psnr(copy_nearest(real, mask)[:, unknown], real[:, unknown])
+    return rows, {**test.scores(rows, task), "dB over copying": margin}
+
+
+COLUMNS = ("FVD", "VQA", "CLIP", "FD-app", "FD-mot", "NIQE-local", "R@1-local", "dB over copying")   # of tables; the JSON has all
+
+
+def table_markdown(paper, cells, less, runs, seeds):
+    """One task: the paper's numbers, ours with intervals, and the paired differences to the last row."""
+    published = list(dict.fromkeys(k for row in paper.values() for k in row))
+    names = [m for m in COLUMNS if m in published or any(m in c.points for c in cells.values())]
+    full = lambda c, m: with_interval(c.points[m], between(c.draws[m])) if c and m in c.points else "-"
+    rows = [[row, *(f"{paper[row][m]:g}" if m in paper.get(row, {}) else "-" for m in published), seeds.get(row, "-"), *(full(cells.get(row), m) for m in names)]
+            for row in dict.fromkeys((*paper, *cells))]
+    text = markdown(["method", *(f"{m}, paper" for m in published), "our runs, seeds", *(f"{m}, ours" if m in published else m for m in names)], rows)
+    if less:
+        rows = [[row, *(with_interval(*values[m]) if m in values else "-" for m in names)] for row, values in less.items()]
+        text += "\n\n" + markdown([f"less {list(runs)[-1]}, paired", *names], rows)
+    return text
+
+
+def table(args):
+    """A table of the paper: markdown on stdout, JSON and a plot beside it."""
+    out = Path(args.out or f"out/table-{args.table}.json")
+    if args.table in ("6", "7"):
+        rows = table6(args) if args.table == "6" else table7()
+        write_json(out, rows)
+        return print(markdown(rows[0], rows[1:]), out, sep="\n\n")
+    keys, specs = TABLES[args.table]
+    found = find_runs(args.runs)
+    runs, left_out = choose(found, specs)
+    model = next(iter(found.values()))["model"]
+    test, paper = Test(args, model["frames"], model["vae"]["size"]), json.loads(PAPER.read_text())
+    test.measure_real()
+    seeds = {row: f"{len(folders)}: {', '.join(str(found[f]['train']['seed']) for f in folders)}" for row, folders in runs.items()}
+    first = found[next(iter(runs.values()))[0]]["train"]
+    settings = Run(next(iter(runs.values()))[0], args).settings(True)
+    head = (f"Table {args.table}: {args.split} split of {args.data}, n = {len(test.records)} concepts, clips of seed {args.seed}; {first['preset']} preset, {first['steps']} steps of "
+            f"batch {first['batch']}; {test.T} evenly spaced frames, {test.stickers.size} px, on white; {', '.join(f'{k} {v}' for k, v in settings.items())}; "
+            f"95 % paired bootstrap intervals over concepts of the mean over seeds. The paper's numbers are of VSD2M at 256 px: compare orders, not values")
+    report, plots, text = dict(table=args.table, head=head, metrics=test.says(), left_out=left_out, floor=test.floor, tasks={}), {}, [head, "\n".join(test.says())]
+    for task, key in keys.items():
+        rows = {row: [measured(f, test, task, args) for f in folders] for row, folders in runs.items()}
+        mask = eval_mask(task, test.T, test.T)
+        copies = copy_nearest(test.real, mask)
+        rows = {"copy nearest": [(test.rows(test.folder, dict(copy=mask.tolist(), of=test.files, set=test.set_hash), len(copies), copies.__getitem__), {})], **rows}
+        rows["copy nearest"] = [(copied, {**test.scores(copied, task), "dB over copying": np.zeros(len(copies))}) for copied, _ in rows["copy nearest"]]
+        cells, less = cells_of(test, task, rows, args)
+        of_paper = paper[key]["rows"]
+        plots[task] = cells, of_paper
+        report["tasks"][task] = dict(paper=of_paper, runs={row: list(map(str, f)) for row, f in runs.items()}, difference=less,
+                                     ours={row: {m: dict(value=c.points[m], interval=between(c.draws[m])) for m in c.points} for row, c in cells.items()})
+        note = "; the paper has one number for both directions" if key == "table2_prediction" else ""
+        text += [f"**{task}**{note}", table_markdown(of_paper, cells, less, runs, seeds)]
+    if test.floor:
+        text.append("Floor, real clips of other concepts: " + ", ".join(f"{m} {with_interval(**test.floor[m])}" for m in DISTANCES if m in test.floor))
+    text += [f"Left out: {folder} ({why})" for folder, why in left_out.items()]
+    write_json(out, report)
+    plot_table(out.with_suffix(".png"), plots)
+    print(*text, f"{out}, {out.with_suffix('.png')}", sep="\n\n")
+
+
+def plot_table(path, plots):
+    """A row of panels a task: ours as points with intervals, the paper's as diamonds on an axis of their own."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    panels = [[(m, False) for m in COLUMNS if any(m in c.points for c in cells.values())] + [(m, True) for m in next(iter(paper.values()))] for cells, paper in plots.values()]
+    wide = max(map(len, panels))
+    fig, axes = plt.subplots(len(plots), wide, figsize=(2.6 * wide + 1.5, 1.2 + 1.8 * len(plots)), constrained_layout=True, squeeze=False)
+    for (task, (cells, paper)), line, row in zip(plots.items(), panels, axes):
+        names = list(dict.fromkeys((*paper, *cells)))[::-1]
+        for axis, (metric, published) in itertools.zip_longest(row, line, fillvalue=(None, None)):
+            if metric is None:
+                axis.axis("off")
+                continue
+            for y, name in enumerate(names):
+                if published and name in paper:
+                    axis.plot(paper[name][metric], y, "kD", fillstyle="none")
+                elif not published and name in cells and metric in cells[name].points:
+                    low, high = between(cells[name].draws[metric])
+                    axis.plot([low, high], [y, y], "C0-")
+                    axis.plot(cells[name].points[metric], y, "C0o")
+            axis.set(yticks=range(len(names)), yticklabels=names if axis is row[0] else [], ylim=(-0.5, len(names) - 0.5), title=f"{metric}, {'paper' if published else 'ours'}")
+            axis.title.set_fontsize(9)
+        row[0].set_ylabel(task)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def hyper_parameters(config, trained, sampling):
+    """What a configuration really uses of the paper's Table 6, read off the network where it is built in: {part.name: value}."""
+    with torch.device("meta"):
+        net = RDTF(config)
+    sti = next((m for m in net.dfgn.modules() if isinstance(m, STI)), None)
+    v, c, d, side = config.vae, config.dfgn, config.diffusion, config.vae.size // config.vae.factor
+    return {"vae.f": v.factor, "vae.latent": f"{side}x{side}x{v.latent_channels}", "unet.in_channels": 2 * c.channels, "unet.out_channels": c.channels,
+            "unet.layers_per_block": c.layers, "unet.head_channels": c.head_dim, "unet.text_width": c.text_width, "unet.text_length": config.text.length,
+            "sti.conv_kernel": list(sti.detail[0].conv.kernel_size) if sti else "-", "sti.conv_layers": len(sti.detail) if sti else "-",
+            "sti.attention_layers": 1 if sti else "-", "sti.heads": c.sti_heads if sti else "-", "sti.head_dim": c.sti_head_dim if sti else "-",
+            "dual_mask.k": [config.frames] * 2 if trained["frames"] == "full" else [3, config.frames], "curriculum.Kp": KP, "curriculum.Ki": KI, "curriculum.Kd": KD,
+            "training.parameterization": d.prediction, "training.learnable": "full", "training.steps": trained["steps"], "training.lr": trained["lr"],
+            "training.batch_per_gpu": f"{trained['batch']} over all processes", "training.gpus": "-", "training.gpu": "-",
+            "diffusion.steps": d.steps, "diffusion.schedule": d.schedule, "diffusion.beta_0": d.beta_start, "diffusion.beta_T": d.beta_end,
+            "sampling.sampler": "DDIM", **{f"sampling.{k}": sampling[k] for k in ("steps", "eta", "text_scale", "image_scale")}}
+
+
+def table6(args):
+    """Rows of Table 6: name, paper, and what the presets and the named runs use."""
+    sampling = lambda config: Sampler.settings(SimpleNamespace(config=config), True)
+    used = {f"preset {name}": hyper_parameters(PRESETS[name], vars(TrainConfig()), sampling(PRESETS[name])) for name in ("paper", "mini")}
+    for folder, config in (find_runs(args.runs) if args.runs else {}).items():
+        trained = {**vars(TrainConfig()), **config["train"]}
+        model = Config.from_dict(config["model"])
+        used[str(folder)] = hyper_parameters(model, trained, sampling(model))
+    paper = flat(json.loads(PAPER.read_text())["table6_hyperparameters"])
+    return [["hyper-parameter", "paper", *used]] + [[k, str(v), *(str(u[k]) for u in used.values())] for k, v in paper.items()]
+
+
+def table7():
+    """Rows of Table 7: the paper's condition masks, those that training draws at 8 frames, and the one that evaluation uses."""
+    paper = json.loads(PAPER.read_text())["table7_condition_masks"]
+    text = lambda mask: "".join(str(int(m)) for m in mask)
+    kind = dict(interpolation="interpolation", prediction_forward="prediction", prediction_backward="prediction")
+    rows = []
+    for task in TASKS:
+        entries = paper[kind.get(task, "generation")]
+        own = [e if isinstance(e, str) else e["mask"] for e in entries if isinstance(e, str) or e["text"] == (task == "it2v")] if task != "t2v" else []
+        drawn = [text(mask_of(given, 8)) for given in given_frames(task, 8)]
+        rows.append([task, ", ".join(own) or "-", ", ".join(drawn), text(eval_mask(task, 8, 8))])
+    return [["task", "paper", "training draws one of", "evaluation"]] + rows
+
+# ------------------------------------------------------------------------------------------------ do the metrics see damage?
+DAMAGES = {  # strengths, mild to strong
+    "blur, sigma in px": (0.5, 1, 2), "noise, of 255": (4, 10, 25), "JPEG quality": (60, 30, 12), "shuffled frames, at most so far": (1, 3, 7),
+    "frozen frames at the end": (2, 4, 6), "repeats, each of": (2, 5, 20), "wrong captions, %": (25, 50, 100)}
+
+
+def damage(clips, kind, strength, rng):
+    """White clips (n, T, S, S, 3) uint8, damaged; wrong captions leave them as they are."""
+    n, T = clips.shape[:2]
+    if kind.startswith("blur"):
+        return np.stack([gaussian_filter(clip.astype(np.float32), (0, strength, strength, 0), mode="nearest").round().astype(np.uint8) for clip in clips])
+    if kind.startswith("noise"):
+        return np.stack([(clip + strength * rng.standard_normal(clip.shape, np.float32)).round().clip(0, 255).astype(np.uint8) for clip in clips])
+    if kind.startswith("JPEG"):
+        return np.stack([jpeg(frame, strength) for frame in clips.reshape(-1, *clips.shape[2:])]).reshape(clips.shape)
+    if kind.startswith("shuffled"):              # sorting t + noise moves no frame farther than the noise reaches
+        order = np.argsort(np.arange(T) + rng.uniform(0, strength + 1, (n, T)), 1, kind="stable")
+        return np.take_along_axis(clips, order[:, :, None, None, None], 1)
+    if kind.startswith("frozen"):
+        return clips[:, np.minimum(np.arange(T), T - 1 - strength)]
+    if kind.startswith("repeats"):
+        return clips[rng.permutation(n)[np.arange(n) % max(n // strength, 1)]]
+    return clips
+
+
+def jpeg(frame, quality):
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+def wrong_captions(n, percent, rng):
+    """Which caption each of n clips has when this share of them are passed around among themselves."""
+    order, chosen = np.arange(n), rng.permutation(n)[:max(2, round(n * percent / 100))]
+    order[chosen] = np.roll(chosen, 1)
+    return order
+
+
+def split_concepts(records, n, T, rng):
+    """Two lists of up to n animated stickers of the training split with no concept in common, all variants allowed, of equal length."""
+    records = [r for r in records if r["split"] == "train" and r["n"] >= T]
+    concepts = sorted({r["concept"] for r in records})
+    first = {concepts[i] for i in rng.permutation(len(concepts))[:len(concepts) // 2]}
+    halves = [[r for r in records if (r["concept"] in first) == side] for side in (True, False)]
+    n = min(n, *map(len, halves))
+    return [[half[i] for i in rng.permutation(len(half))[:n]] for half in halves]
+
+
+def react(test, seed, args):
+    """{metric: {"real": value, damage: [values]}} of one seed. Distances: of damaged stickers to others of other concepts; the rest: of held-out ones."""
+    rng, values = np.random.default_rng(seed), defaultdict(lambda: defaultdict(list))
+    reference, others = (to_white(read_clips(test.stickers, half, test.T)) for half in split_concepts(test.stickers.records, args.n, test.T, rng))
+    held = pick([r for r in test.stickers.records if r["split"] != "train"], 512, test.T, seed)
+    shown, captions = to_white(read_clips(test.stickers, held, test.T)), np.array([r["caption"] for r in held])
+    look = lambda clips, kinds: {x.name: np.concatenate([x(clips[i:i + x.batch]) for i in range(0, len(clips), x.batch)]).astype(float) for x in test.extractors if x.name in kinds}
+    distant, single = {kind for kind, _ in DISTANCES.values()}, {"niqe", "judge", "clip", "dover"}
+    rows = look(reference, distant | {"niqe"})
+    test.niqe = NIQE(rows["niqe"])
+
+    def record(key, clips, shown, captions):
+        test.captions = captions.tolist()
+        seen = look(clips, distant)
+        for name, (kind, distance) in DISTANCES.items():
+            if kind in seen:
+                values[name][key].append(distance(rows[kind], seen[kind]))
+        for name, scores in test.scores(look(shown, single), "t2v").items():
+            values[name][key].append(float(scores.mean()))
+    record("real", others, shown, captions)
+    for kind, strengths in tqdm(DAMAGES.items(), f"seed {seed}"):
+        for strength in strengths:
+            order = wrong_captions(len(held), strength, rng) if kind.startswith("wrong") else np.arange(len(held))
+            record(kind, damage(others, kind, strength, rng), damage(shown, kind, strength, rng), captions[order])
+    return values, len(reference), len(held)
+
+
+def check_metrics(args, seeds=3):
+    """Print and keep, for every metric that can be computed here, what damage does to it: factors over the undamaged value."""
+    args.split = "test"
+    test = Test(args)
+    results = [react(test, args.seed + s, args) for s in range(seeds)]
+    values, names = [r[0] for r in results], [m for m in (*DISTANCES, "VQA", "CLIP", "CLIP R@1", "NIQE-local", "R@1-local") if m in results[0][0]]
+    report, rows = {}, []
+    for kind, strengths in DAMAGES.items():
+        cells = []
+        for name in names:
+            factors = np.array([np.array(v[name][kind]) / v[name]["real"][0] for v in values])       # (seeds, strengths)
+            mean, step = factors.mean(0), np.diff(np.r_[1, factors.mean(0)])
+            worse = step >= 0 if name in DISTANCES else step <= 0
+            verdict = " blind" if abs(mean - 1).max() < 0.1 else "" if worse.all() else " not monotone"
+            cells.append(" ".join(f"{m:.2f}" if m < 10 else f"{m:.0f}" for m in mean) + verdict)
+            report.setdefault(name, {})[kind] = dict(strengths=strengths, factors=factors.tolist(), verdict=verdict.strip() or "monotone")
+        rows.append([f"{kind}: {', '.join(map(str, strengths))}", *cells])
+    real = [" ".join(f"{v[name]['real'][0]:.3g}" for v in values) for name in names]
+    head = (f"Factors over the undamaged value, mean of {seeds} seeds. Distances: {results[0][1]} stickers of the training split against as many of other concepts, the undamaged "
+            f"value is the real-versus-real floor, above 1 is worse. The others: {results[0][2]} stickers of held-out concepts, below 1 is worse. {args.data}, seeds {args.seed} to {args.seed + seeds - 1}")
+    out = args.out or "out/check-metrics.json"
+    write_json(out, dict(head=head, metrics=test.says(), undamaged={name: [v[name]["real"][0] for v in values] for name in names}, damaged=report))
+    print(head, "\n".join(test.says()), markdown(["damage", *names], [["none: value, by seed", *real], *rows]), out, sep="\n\n")
+
+
+# ------------------------------------------------------------------------------------------------ user study, Table 5
+CRITERIA = dict(text="Which fits the text best?", interest="Which is the most interesting?", motion="Which moves best?")
+
+
+def require(fact, message):
+    if not fact:
+        raise UserError(message)
+
+
+def short_hash(*of):
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
+
+
+def data_uri(frames, duration):
+    """(T, S, S, 4) uint8 straight RGBA -> data URI of a lossless WebP; one frame: a still."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_animation(file := Path(folder) / "sticker.webp", frames, duration)
+        return "data:image/webp;base64," + base64.b64encode(file.read_bytes()).decode()
+
+
+def check_study(inputs, methods):
+    require(2 <= len(set(methods)) == len(methods) <= 26, f"--study {' '.join(methods)}: 2 to 26 methods of different names can be ranked")
+    require(inputs, "--study: no input with a sticker of each method")
+    for k, x in enumerate(inputs, 1):
+        require(x["caption"].strip(), f"--study: input {k} has no caption, so nobody can say how well its stickers fit the text")
+        require(set(methods) <= set(x["clips"]), f"--study: input {k}, \"{x['caption']}\", lacks a sticker of some method")
+
+
+def blind(k, x, methods, seed, duration):
+    """Input k as the page shows it, methods hidden by codes and shuffled, and as the key has it."""
+    order = np.random.default_rng((seed, k)).permutation(len(methods))
+    codes = {short_hash(seed, k, x["caption"], methods[i]): methods[i] for i in order}
+    stickers = [dict(code=code, image=data_uri(x["clips"][method], duration)) for code, method in codes.items()]
+    given = [data_uri(frame[None], duration) for frame in x["given"]]
+    return dict(caption=x["caption"], given=given, stickers=stickers), dict(caption=x["caption"], codes=codes)
+
+
+def write_study(path, inputs, methods, seed, duration=125):
+    """Write the page, and beside it PATH.key.json, which alone tells the methods. The same arguments write the same bytes.
+
+    inputs: [{caption, given: stills (S, S, 4) or empty, clips: {method: (T, S, S, 4)}}], uint8 straight RGBA; duration: ms a frame.
+    UserError: not 2 to 26 methods of different names, no input, a blank caption, a sticker missing."""
+    check_study(inputs, methods)
+    shown, key = zip(*(blind(k, x, methods, seed, duration) for k, x in enumerate(inputs)))
+    page = dict(id=short_hash(CRITERIA, shown), criteria=[dict(name=n, question=q) for n, q in CRITERIA.items()], inputs=shown)
+    content = json.dumps(page).replace("<", "\\u003c")          # a caption may hold </script>
+    html = Path(__file__).with_name("assets").joinpath("study.html").read_text("utf-8").replace("__STUDY__", content)
+    secret = dict(study=page["id"], seed=seed, criteria=list(CRITERIA), methods=list(methods), inputs=key)
+    write_atomically(Path(path).with_suffix(".key.json"), lambda p: p.write_text(json.dumps(secret, indent=1)))
+    write_atomically(path, lambda p: p.write_text(html, "utf-8"))
+
+
+def read_object(path, *fields):
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({getattr(error, 'strerror', None) or error})") from None
+    require(isinstance(value, dict) and set(fields) <= set(value), f"{path}: not a JSON object with {', '.join(fields)}")
+    return value
+
+
+def read_answers(path, key):
+    """A participant's file -> participant, scores (inputs, criteria, methods): of m methods the best has m, the worst 1."""
+    result, methods, criteria, n = read_object(path, "study", "participant", "answers"), key["methods"], key["criteria"], len(key["inputs"])
+    require(result["study"] == key["study"], f"{path}: answers to another study than {key['study']}")
+    require(isinstance(participant := result["participant"], str) and participant, f"{path}: does not say who the participant is")
+    whole = isinstance(answers := result["answers"], list) and all(isinstance(a, dict) and set(a) == set(criteria) for a in answers)
+    require(whole and len(answers) == n, f"{path}: does not answer {', '.join(criteria)} for each of the {n} inputs")
+    scores = np.zeros((n, len(criteria), len(methods)))
+    for k, (answer, codes) in enumerate(zip(answers, (x["codes"] for x in key["inputs"]))):
+        for c, ranking in enumerate(answer[criterion] for criterion in criteria):
+            once = isinstance(ranking, list) and len(ranking) == len(codes) and all(code in ranking for code in codes)
+            require(once, f"{path}: input {k + 1}, {criteria[c]}, does not rank each sticker exactly once")
+            scores[k, c, [methods.index(codes[code]) for code in ranking]] = range(len(methods), 0, -1)
+    return participant, scores
+
+
+def two_way_bootstrap(scores, draws=2000, seed=0):
+    """95 % intervals (2, ...) of the mean of scores (participants, inputs, ...), both resampled; rather too wide than too narrow."""
+    rng = np.random.default_rng(seed)
+    people, inputs = (rng.multinomial(n, np.full(n, 1 / n), size=draws) / n for n in scores.shape[:2])
+    return np.percentile(np.einsum("dp,di,pi...->d...", people, inputs, scores, optimize=True), (2.5, 97.5), axis=0)
+
+
+def study_results(key_path, result_paths):
+    """-> {participants, inputs, scores: {method: {criterion: {value, interval}}}}: mean rank scores, the higher the better.
+
+    UserError, naming the file: not JSON, of another study, a ranking missing or not of each sticker once, a participant twice."""
+    key, files, scores = read_object(key_path, "study", "criteria", "methods", "inputs"), {}, []
+    require(result_paths, f"--study-results: no answers to the study of {key_path}")
+    for path in result_paths:
+        participant, of_one = read_answers(path, key)
+        require(participant not in files, f"{path}: participant {participant} is in {files.get(participant)} already")
+        files[participant] = path
+        scores.append(of_one)
+    scores = np.stack(scores)                    # (participants, inputs, criteria, methods)
+    cells = np.transpose([scores.mean((0, 1)), *two_way_bootstrap(scores)]).tolist()    # of methods, criteria; value, low, high
+    row = lambda of_method: {criterion: dict(value=value, interval=ends) for criterion, (value, *ends) in zip(key["criteria"], of_method)}
+    return dict(participants=len(scores), inputs=scores.shape[1], scores=dict(zip(key["methods"], map(row, cells))))
+
+
+def study_table(results):
+    """Markdown: who was asked, a row for each method of the study or of the paper, and why the two scales differ."""
+    scores, m, missing = results["scores"], len(results["scores"]), ["-"] * len(CRITERIA)
+    ours = lambda method: [with_interval(**scores[method][c]) for c in CRITERIA] if method in scores else missing
+    published = json.loads(PAPER.read_text())["table5_user_study"]["rows"]
+    paper = lambda method: [f"{published[method][c]:.2f}" for c in CRITERIA] if method in published else missing
+    rows = [[method, *ours(method), *paper(method)] for method in dict.fromkeys([*scores, *published])]
+    said = f"participants: {results['participants']}, inputs: {results['inputs']}; mean rank, best of {m} = {m}, worst = 1; 95 % intervals over both"
+    note = (f"Each column of ours sums to {m * (m + 1) // 2}, of the paper's to 8.0 (motion: 7.99) over 4 methods, where ranks 1 to 4 would sum to 10: its scale "
+            "differs by something that the paper does not say. Compare the order of the methods, not the numbers.")
+    return "\n\n".join([said, markdown(["method", *CRITERIA, *(f"{c}, paper" for c in CRITERIA)], rows), note])
+
+
+def study(args):
+    """A page on which runs are compared, for a task of --tasks with the first of the test's concepts."""
+    runs, out = [Run(folder, args) for folder in args.study], Path(args.out or "out/study.html")
+    test = Test(args, runs[0].sampler.T, runs[0].sampler.size)
+    methods = [run.folder.name for run in runs]
+    inputs = []
+    for task in args.tasks:
+        made, given = [run.clips(task, test)[0] for run in runs], np.flatnonzero(eval_mask(task, test.T, test.T))
+        inputs += [dict(caption=caption, given=list(test.real[k][given]), clips={m: clips[k] for m, clips in zip(methods, made)}) for k, caption in enumerate(test.captions)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_study(out, inputs, methods, args.seed)
+    print(f"{out}: {len(inputs)} inputs, {len(methods)} methods; give this file to participants", f"{out.with_suffix('.key.json')}: which sticker is whose; keep it", sep="\n")
+
+
+def print_study(args):
+    """The table of what participants downloaded."""
+    if not args.key:
+        raise UserError("--study-results: name the page's .key.json with --key")
+    results = study_results(args.key, [path for path in args.study_results if not path.endswith(".key.json")])
+    if args.out:
+        write_json(args.out, results)
+    print(study_table(results))
+
 
 # ------------------------------------------------------------------------------------------------ command line
 def read_prompts(path):
@@ -250,27 +886,48 @@ def read_prompts(path):
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", default="runs/dfgn", help="folder with model.safetensors")
+    what = parser.add_argument_group("what to do (default: evaluate --run)").add_mutually_exclusive_group()
+    what.add_argument("--table", choices=("1", "2", "3", "4", "6", "7"), help="print a table of the paper with the numbers of --runs beside its own")
+    what.add_argument("--compare", nargs="+", metavar="RUN", help="runs that were evaluated: print a row for each")
+    what.add_argument("--prompts", help="file of captions: write a t2v --sheet of all of them")
+    what.add_argument("--fit-judge", action="store_true", help="fit the network of R@1-local to the training split of --data -> --judge")
+    what.add_argument("--check-metrics", action="store_true", help="table of how every metric reacts to damaged stickers")
+    what.add_argument("--study", nargs="+", metavar="RUN", help="write a page for a user study that compares runs")
+    what.add_argument("--study-results", nargs="+", metavar="JSON", help="what participants downloaded: print the table")
+    parser.add_argument("--run", default="runs/dfgn", help="folder with model.safetensors (default: %(default)s)")
+    parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="of --table: run folders, or folders of run folders")
     parser.add_argument("--vae", help="default: the file that the model was trained with")
-    parser.add_argument("--data", default="data/fluent", help="prepared set")
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument("--data", default="data/fluent", help="prepared set (default: %(default)s)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
     parser.add_argument("--groups", nargs="+", help="emoji groups to evaluate on; default: all")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--n", type=int, default=256, help="concepts, one clip each; fewer if the split has fewer")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=16, help="clips made at once; changes nothing but speed and memory")
-    parser.add_argument("--steps", type=int, help="DDIM steps; default of this and the next four: as sample.py")
-    parser.add_argument("--spacing", choices=("uniform", "quadratic"), help="of the DDIM steps")
-    parser.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1")
-    parser.add_argument("--text-scale", type=float, help="text guidance")
-    parser.add_argument("--image-scale", type=float, help="guidance of the given frames")
-    parser.add_argument("--detail", action=argparse.BooleanOptionalAction, default=True, help="as in sample.py")
-    parser.add_argument("--compare", nargs="+", metavar="RUN", help="runs that were evaluated: print a row for each and stop")
-    parser.add_argument("--prompts", help="file of captions: write a t2v --sheet of all of them and stop")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, help="default: all six; of --study: it2v")
+    parser.add_argument("--n", type=int, help="concepts, one clip each, fewer if the split has fewer (default: 256; --study: 20; --check-metrics: 400)")
+    parser.add_argument("--allow-unequal-n", action="store_true", help="compute distances of sets of unequal size, which are biased unequally")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=16, help="clips made at once; changes nothing but speed and memory (default: %(default)s)")
+    weights = parser.add_argument_group("published weights, local files; without them their metrics are left out")
+    weights.add_argument("--i3d", metavar="FILE", help="I3D for FVD: i3d_pretrained_400.pt, rgb_imagenet.pt, or i3d_torchscript.pt")
+    weights.add_argument("--i3d-eps", type=float, help="of its batch norm (default: 1e-3, as in TensorFlow; 1e-5: comparable with VideoGPT's port)")
+    weights.add_argument("--i3d-frames", choices=("loop", "pingpong", "hold", "pad"), default="loop", help="how 8 frames become 16 (default: %(default)s)")
+    weights.add_argument("--dover", metavar="FILE", help="DOVER.pth, for VQA")
+    weights.add_argument("--clip", metavar="FILE", help="open_clip weights, or a folder with open_clip_config.json")
+    weights.add_argument("--clip-model", default="ViT-H-14", help="open_clip's name of that model (default: %(default)s)")
+    weights.add_argument("--judge", metavar="FILE", help=f"of R@1-local (default: {JUDGE} where it is there and was fitted to --data)")
+    sampling = parser.add_argument_group("sampling; defaults as in sample.py: the paper's, or the mini preset's own")
+    sampling.add_argument("--steps", type=int, help="DDIM steps (paper 50; mini 25, with given frames 2)")
+    sampling.add_argument("--spacing", choices=("uniform", "quadratic"), help="of the DDIM steps (uniform)")
+    sampling.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1 (paper 1; mini 0)")
+    sampling.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 1.5, with given frames 1)")
+    sampling.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 1)")
+    sampling.add_argument("--detail", action=argparse.BooleanOptionalAction, default=True, help="take what did not move from the given frames' own pixels")
     parser.add_argument("--sheet", help="PNG contact sheet to write")
-    parser.add_argument("--rows", type=int, default=8, help="clips of each task on the sheet")
-    parser.add_argument("--out", help="JSON with all numbers; default RUN/eval.json")
-    return parser.parse_args(argv)
+    parser.add_argument("--rows", type=int, default=8, help="clips of each task on the sheet (default: %(default)s)")
+    parser.add_argument("--key", help="of --study-results: the .key.json that --study wrote beside the page")
+    parser.add_argument("--out", help="JSON with all numbers (default: RUN/eval.json, out/table-N.json, out/check-metrics.json), or the page (out/study.html)")
+    args = parser.parse_args(argv)
+    args.n = args.n if args.n is not None else 20 if args.study else 400 if args.check_metrics else 256
+    args.tasks = args.tasks or (["it2v"] if args.study else list(TASKS))
+    return args
 
 
 def check(args):
@@ -279,51 +936,53 @@ def check(args):
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.prompts and not args.sheet:
         raise UserError("--prompts: say with --sheet FILE.png where the stickers go")
+    if args.i3d_eps is not None and args.i3d_eps <= 0:
+        raise UserError(f"--i3d-eps {args.i3d_eps}: must be above 0")
     check_sheet(args.sheet)
-    if not (Path(args.run) / "model.safetensors").is_file():
-        raise UserError(f"--run {args.run}: no model.safetensors there; train one with `python train.py --out {args.run}`")
+
+
+def write_json(path, value):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda p: p.write_text(json.dumps(value, indent=1)))
+
+
+def evaluate(args):
+    """Everything about --run."""
+    run = Run(args.run, args)
+    test = Test(args, run.sampler.T, run.sampler.size)
+    test.measure_real()
+    tasks, vae, made = measure(run, test)
+    real = {name: mean_of(v, args.seed) for name, v in test.scores(test.real_rows, "t2v").items()}
+    report = dict(model=str(run.model), sha256=run.sources["model"], step=run.meta["step"], data=args.data, set=test.set_hash, split=args.split,
+                  groups=args.groups, n=len(test.records), seed=args.seed, sampler=dict(t2v=run.settings(False), others=run.settings(True)),
+                  protocol=f"{test.T} evenly spaced frames, {test.stickers.size} px, on white", metrics=test.says(), files=test.files, tasks=tasks, vae=vae, floor=test.floor, real=real)
+    out = Path(args.out or run.folder / "eval.json")
+    write_json(out, report)
+    print(first_line(report), "\n".join(report["metrics"]), psnr_table(tasks), fd_table(tasks, report), score_table(tasks, real), out, sep="\n\n")
+    if args.sheet:
+        write_sheet(args.sheet, made, test.real, test.records, args.rows)
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.compare:
-        return print(compare(args.compare))
     check(args)
-    model = Path(args.run) / "model.safetensors"
-    sampler = Sampler(model, args.vae)
-    chosen = {name: getattr(args, name) for name in DEFAULTS}
-    settings = lambda given: {**sampler.settings(given, **chosen), "detail": args.detail}
-    if args.prompts:
-        prompts = read_prompts(args.prompts)
-        return save_sheet(args.sheet, sample_all(sampler, prompts, args, settings(False), "t2v"), prompts)
-
-    stickers, T = StickerSet(args.data, groups=args.groups), sampler.T
-    if stickers.size != sampler.size:
-        raise UserError(f"--data {args.data}: {stickers.size} px, {model} makes {sampler.size}")
-    records = pick([r for r in stickers.records if r["split"] == args.split], args.n, T, args.seed)
-    if len(records) < 2:
-        where = f" in --groups {' '.join(args.groups)}" if args.groups else ""
-        raise UserError(f"--split {args.split}: {len(records)} concepts with {T} frames{where} in {args.data}; at least 2 are needed")
-    strangers = pick([r for r in stickers.records if r["split"] != args.split], len(records), T, args.seed)
-    real = read_clips(stickers, records, T)
-    others = read_clips(stickers, strangers, T) if strangers else real[:0]
-    sources = {name: file_hash(Path(__file__).with_name(name)) for name in ("model.py", "sample.py")}
-    sources.update(model=file_hash(model), set=stickers.meta["hash"])
-    generated = {task: generate(sampler, task, real, records, args, settings(task != "t2v"), sources) for task in args.tasks}
-    net = LocalFeatures().to(sampler.device)
-    tasks, sets = measure(generated, real, others, round_trip(sampler, real, args.batch), net, args.seed)
-
-    with safe_open(str(model), "pt") as file:
-        step = int(file.metadata()["step"])
-    report = dict(model=str(model), sha256=sources["model"], step=step, data=args.data, set=stickers.meta["hash"], split=args.split,
-                  groups=args.groups, n=len(records), seed=args.seed, sampler=dict(t2v=settings(False), others=settings(True)),
-                  protocol=f"{T} evenly spaced frames, {sampler.size} px, on white", files=[r["file"] for r in records], tasks=tasks, **sets)
-    out = Path(args.out or Path(args.run) / "eval.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, lambda p: p.write_text(json.dumps(report, indent=1)))
-    print(first_line(report), psnr_table(tasks), fd_table(tasks, sets), out, sep="\n\n")
-    if args.sheet:
-        write_sheet(args.sheet, generated, real, records, args.rows)
+    if args.compare:
+        print(compare(args.compare))
+    elif args.table:
+        table(args)
+    elif args.fit_judge:
+        fit(args)
+    elif args.check_metrics:
+        check_metrics(args)
+    elif args.study:
+        study(args)
+    elif args.study_results:
+        print_study(args)
+    elif args.prompts:
+        prompts, run = read_prompts(args.prompts), Run(args.run, args)
+        save_sheet(args.sheet, run.made_for(prompts), prompts)
+    else:
+        evaluate(args)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
-"""metrics.py and evaluate.py: golden Fréchet distances, what the features see, baselines made by hand, a whole run of a tiny model."""
+"""evaluate.py: baselines made by hand, a whole run of a tiny model, the paper's tables, the user study."""
 import json
-import zlib
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -16,107 +14,7 @@ from model import PRESETS, RDTF, VAE
 from train import file_hash, save_model
 
 
-# ---- Fréchet distance
-
-def hash01(n, key):
-    """n numbers in [0, 1) by a 32-bit integer hash, the same on every machine."""
-    x = (np.arange(n, dtype=np.uint64) * 0x9E3779B1 + zlib.crc32(key.encode())) & 0xFFFFFFFF
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = ((x ^ x >> shift) * factor) & 0xFFFFFFFF
-    return (x ^ x >> 16) / 2**32
-
-
-def golden_features(n, d, key, shift=0.0):
-    k = np.arange(d)
-    return np.sqrt(12) * (hash01(n * d, key).reshape(n, d) - 0.5) * (1 + 0.5 * np.sin(0.1 * k)) + shift * np.cos(0.05 * k)
-
-
-@pytest.mark.parametrize("n, m, d, expected", [(500, 500, 64, 6.978903834329), (64, 64, 400, 607.3882363534), (60, 90, 400, 594.8342215425),
-                                               (256, 256, 400, 307.5384180609), (2048, 2048, 400, 55.7314352660)])
-def test_frechet_golden(n, m, d, expected):
-    """Computed independently as sqrtm, by eigenvalues and as a nuclear norm, which agree to 1e-7 (singular: 3e-8)."""
-    a, b = golden_features(n, d, "A"), golden_features(m, d, "B", 0.3)
-    assert metrics.frechet(a, b) == pytest.approx(expected, rel=1e-9)
-    assert metrics.frechet(b, a) == pytest.approx(expected, rel=1e-9)
-    assert metrics.frechet(a, a) == pytest.approx(0, abs=1e-8)
-
-
-def test_frechet_of_shifted_and_scaled_sets():
-    a = np.random.default_rng(0).standard_normal((50, 8))
-    variance = a.var(0, ddof=1).sum()
-    assert metrics.frechet(a, a + 2) == pytest.approx(8 * 4)
-    assert metrics.frechet(a - a.mean(0), 3 * (a - a.mean(0))) == pytest.approx(4 * variance)     # (3 - 1)^2 tr S
-    assert metrics.frechet(a, np.stack([a.mean(0)] * 9)) == pytest.approx(variance)
-    with pytest.raises(ValueError, match="at least 2"):
-        metrics.frechet(a, a[:1])
-
-
-def test_standardise_keeps_constant_and_sleeping_features_small():
-    a = np.random.default_rng(0).standard_normal((40, 6))
-    a[:, 0], a[:, 1] = 0.1, 1e-7 * a[:, 1]
-    b = a + [1, 1e-3, 1, 0, 0, 0]
-    x, y = metrics.standardise(a, b)
-    assert np.allclose(x.mean(0), 0) and np.allclose(x[:, 2:].std(0), 1)
-    assert y[0, 0] == pytest.approx(1) and abs(y[:, 1]).max() < 0.1
-    assert metrics.fd(a, a) == pytest.approx(0, abs=1e-9)
-
-
-# ---- features
-
-def shape_clips(n, seed, side=64):
-    """n clips of moving shapes, RGB on white in [-1, 1]: (n, 8, 3, side, side)."""
-    rng = np.random.default_rng(seed)
-    draw = lambda shape, colour, motion: np.stack([data.draw_shape(shape, colour, motion, t / 8, side) for t in range(8)])
-    clips = [draw(*(names[rng.integers(len(names))] for names in (data.SHAPES, data.COLOURS, data.MOTIONS))) for _ in range(n)]
-    return torch.from_numpy(np.moveaxis(evaluate.on_white(np.stack(clips)), -1, 2) * 2 - 1)
-
-
-@pytest.fixture(scope="module")
-def net():
-    return metrics.LocalFeatures()
-
-
-def test_features_shape_type_and_order(net):
-    x = shape_clips(3, 0)
-    f = net(x, batch=2)
-    assert {k: v.shape for k, v in f.items()} == dict(appearance=(3, 128), motion=(3, 256))
-    assert all(v.dtype == np.float64 and np.isfinite(v).all() for v in f.values())
-    again, shuffled, frozen = metrics.LocalFeatures()(x), net(x[:, [3, 1, 6, 0, 7, 2, 5, 4]]), net(x[:, [0] * 8])
-    assert np.allclose(f["motion"], again["motion"], atol=1e-5)
-    assert np.allclose(f["appearance"], shuffled["appearance"], atol=1e-6)
-    assert abs(f["motion"] - shuffled["motion"]).max() > 0.1
-    assert np.allclose(frozen["motion"][:, :64], np.log(1e-3)) and np.allclose(frozen["motion"][:, 64:], 0)
-
-
-def test_features_resize_and_refuse_short_clips(net):
-    large = shape_clips(2, 0, 128)
-    small = F.interpolate(large.flatten(0, 1), (64, 64), mode="bilinear", antialias=True).unflatten(0, (2, 8))
-    assert np.allclose(net(large)["appearance"], net(small)["appearance"])
-    assert np.isfinite(net(shape_clips(2, 0, 16))["motion"]).all() and np.isfinite(net(small[:, :5])["motion"]).all()
-    with pytest.raises(ValueError, match="at least 5"):
-        net(small[:, :4])
-
-
-def test_distances_grow_with_damage(net):
-    reference, x = net(shape_clips(40, 1)), shape_clips(40, 2)
-    floor = {k: metrics.fd(reference[k], v) for k, v in net(x).items()}
-    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(x.shape, np.float32))
-    blur = lambda k: F.avg_pool2d(F.pad(x.flatten(0, 1), [k] * 4, value=1), 2 * k + 1, 1).unflatten(0, x.shape[:2])
-    for damaged in ([(x + s * noise).clamp(-1, 1) for s in (0.1, 0.4)], [blur(1), blur(4)]):
-        weak, strong = ({k: metrics.fd(reference[k], v) for k, v in net(d).items()} for d in damaged)
-        for kind in floor:
-            assert floor[kind] < weak[kind] < strong[kind]
-    frozen = net(x[:, [0] * 8])
-    assert metrics.fd(reference["motion"], frozen["motion"]) > 5 * floor["motion"]
-
-
-# ---- PSNR, baselines, intervals
-
-def test_psnr_values_and_cap():
-    x = np.zeros((3, 2, 4, 4, 3), np.float32)
-    y = x + np.array([0.1, 0.5, 0], np.float32).reshape(3, 1, 1, 1, 1)
-    assert metrics.psnr(x, y) == pytest.approx([20, 6.0206, metrics.PSNR_CAP], abs=1e-4)
-
+# ---- baselines
 
 def test_copy_and_blend_by_hand():
     clips = np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1, 1)
@@ -145,25 +43,6 @@ def test_psnr_is_of_unknown_frames_only():
 def test_on_white():
     rgba = np.array([[255, 0, 0, 255], [0, 0, 255, 0], [0, 0, 0, 51]], np.uint8)
     assert np.allclose(evaluate.on_white(rgba), [[1, 0, 0], [1, 1, 1], [0.8, 0.8, 0.8]])
-
-
-def test_bootstrap_covers_the_known_mean():
-    sets = np.random.default_rng(0).normal(3, 2, (200, 40))
-    intervals = np.array([metrics.bootstrap(x, draws=500, seed=i) for i, x in enumerate(sets)])
-    assert 0.88 < ((intervals[:, 0] < 3) & (3 < intervals[:, 1])).mean() < 0.99
-    assert np.diff(intervals).mean() == pytest.approx(2 * 1.96 * 2 / 40**0.5, rel=0.1)
-    assert metrics.bootstrap(sets[0], seed=1) == metrics.bootstrap(sets[0], seed=1) != metrics.bootstrap(sets[0], seed=2)
-
-
-def test_bootstrap_of_distances_is_of_this_n():
-    """The interval holds the mean distance of sets of this size, which resampled sets overshoot."""
-    rng = np.random.default_rng(0)
-    pairs = rng.standard_normal((40, 2, 20, 30))
-    expected = np.mean([metrics.fd(*pair) for pair in pairs])
-    intervals = np.array([metrics.bootstrap_fd(*pair, draws=60) for pair in pairs])
-    assert ((intervals[:, 0] < expected) & (expected < intervals[:, 1])).mean() > 0.85
-    x = pairs[0, 0]
-    assert metrics.bootstrap_fd(x, x, draws=20, paired=True) == pytest.approx((0, 0), abs=1e-9)
 
 
 # ---- a whole run
@@ -205,7 +84,7 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
     assert report["sampler"]["t2v"] == report["sampler"]["others"] == dict(steps=2, spacing="uniform", eta=1.0, text_scale=7.5, image_scale=7.5, detail=True)
     for word in ("step 7", "n = 6 concepts", "seed 0", "8 evenly spaced frames, 16 px, on white", "FD-app", "FD-mot", "floor", "blend"):
         assert word in first
-    assert not any(word in first for word in ("FVD", "VQA", "CLIP"))
+    assert not any(word in first.replace("not FVD", "") for word in ("FVD", "VQA", "CLIP", "R@1")) and "NIQE-local" in first
     assert report["tasks"]["i2v"]["psnr"]["model"] != report["tasks"]["it2v"]["psnr"]["model"]
     task = report["tasks"]["interpolation"]
     assert task["given"] == [0, 2, 4, 6] and set(task["psnr"]) == {"model", "copy", "blend", "vae", "model - copy"}
@@ -288,3 +167,201 @@ def test_set_of_another_size_is_refused(world, tmp_path, capsys):
     data.main(["synthetic", "--n", "8", "--size", "20", "--out", str(tmp_path / "set")])
     with pytest.raises(data.UserError, match="20 px"):
         evaluate.main(["--run", str(world[1]), "--data", str(tmp_path / "set")])
+
+
+# ---- what is kept, unequal sets
+
+def test_kept_rows_survive_a_kill(tmp_path):
+    calls = []
+    def make(stop):
+        def rows(part):
+            if part.start >= stop:
+                raise KeyboardInterrupt
+            calls.append((part.start, part.stop))
+            return np.arange(10)[part, None] * np.ones((1, 3))
+        return rows
+    what = (tmp_path, "x", dict(a=1), (10, 3), np.float32, 4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.kept(*what, make(4))
+    part, = tmp_path.glob("x-*.part")
+    with open(part, "ab") as file:
+        file.write(b"half a row")
+    rows = evaluate.kept(*what, make(99))
+    assert calls == [(0, 4), (4, 8), (8, 10)] and rows.tolist() == [[i] * 3 for i in range(10)] and not part.exists()
+    assert (evaluate.kept(*what, make(0)) == rows).all()
+    assert (evaluate.kept(tmp_path, "x", dict(a=2), *what[3:], make(99)) == rows).all() and len(list(tmp_path.iterdir())) == 2
+
+
+def test_unequal_sets_are_refused_unless_allowed():
+    rng = np.random.default_rng(0)
+    a, b = dict(local=rng.standard_normal((12, 384))), dict(local=rng.standard_normal((8, 384)))
+    args = evaluate.parse([])
+    with pytest.raises(data.UserError, match="12 real clips against 8 others.*--n 8, or --allow-unequal-n"):
+        evaluate.distances(a, b, args)
+    args = evaluate.parse(["--allow-unequal-n"])
+    result = evaluate.distances(a, b, args)
+    assert (result["n"], result["m"]) == (12, 8) and evaluate.fd_cells(result)[0] == "12 against 8"
+
+
+def test_fvd_is_of_bare_logits_and_extrapolated():
+    rng = np.random.default_rng(0)
+    a, b = (dict(i3d=rng.standard_normal((40, 400)).astype(np.float32) * 3) for _ in range(2))
+    result = evaluate.distances(a, b, evaluate.parse([]))
+    assert result["FVD"]["value"] == pytest.approx(evaluate.frechet(a["i3d"], b["i3d"])) and len(result["FVD-inf"]) == 2
+    assert len(evaluate.fd_cells(result)) == 3 and "+-" in evaluate.fd_cells(result)[2]
+
+
+# ---- the published networks in a whole run
+
+def test_whole_run_with_weights(world, tmp_path, capsys, monkeypatch):
+    """I3D and CLIP of random weights, DOVER's network replaced (it takes minutes): every number has its column and its protocol."""
+    import open_clip
+    torch.manual_seed(0)
+    torch.save(evaluate.I3DRows.__init__.__globals__["I3D"]().state_dict(), tmp_path / "i3d.pt")
+    config = dict(embed_dim=32, vision_cfg=dict(image_size=16, layers=1, width=32, head_width=16, patch_size=8),
+                  text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1))
+    (tmp_path / "clip").mkdir()
+    torch.save(open_clip.CLIP(**config).state_dict(), tmp_path / "clip" / "open_clip_pytorch_model.bin")
+    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config, preprocess_cfg={})))
+    torch.save(evaluate.DOVERRows.__init__.__globals__["DOVER"]().state_dict(), tmp_path / "DOVER.pth")
+    monkeypatch.setattr(evaluate.DOVERRows, "__call__", lambda self, clips: np.tile([0.1107, -0.08285], (len(clips), 1)))
+    evaluate.main(command(world, "--tasks", "it2v", "--n", "4", "--i3d", str(tmp_path / "i3d.pt"), "--dover", str(tmp_path / "DOVER.pth"),
+                          "--clip", str(tmp_path / "clip"), "--i3d-eps", "1e-5", "--i3d-frames", "hold", "--out", str(tmp_path / "all.json")))
+    text, report = capsys.readouterr().out, json.loads((tmp_path / "all.json").read_text())
+    for word in ("| distance to the real clips | n | FVD | FVD-inf | FD-app | FD-mot |", "8 -> 16 hold", "eps 1e-05", "each repeated 4 times", "local-dir", "CLIP shuffled"):
+        assert word in text
+    scores = report["tasks"]["it2v"]["scores"]
+    assert scores["VQA"]["mean"] == pytest.approx(0.5, abs=1e-4) and 0 <= scores["CLIP R@1"]["mean"] <= 1 and scores["CLIP image"]["mean"] <= 1.0001
+    assert report["floor"]["FVD"]["value"] > 0 and len(report["metrics"]) == 5
+
+
+# ---- the paper's tables
+
+def ablation(world, folder, seed, **changes):
+    """A run folder with the model of `world` and a configuration of its own."""
+    run = folder / f"{'-'.join(map(str, changes.values())) or 'rdtf'}-{seed}"
+    run.mkdir(parents=True)
+    (run / "model.safetensors").write_bytes((world[1] / "model.safetensors").read_bytes())
+    model = json.loads(json.dumps(PRESETS["tiny"].to_dict()))
+    model["dfgn"]["temporal"] = changes.pop("temporal", "sti")
+    ddu = changes.pop("ddu", True)
+    masks = {} if ddu else json.loads(json.dumps(evaluate.WITHOUT_DDU))
+    trained = {**vars(evaluate.TrainConfig()), **masks, "preset": "tiny", "seed": seed, **changes}
+    (run / "config.json").write_text(json.dumps(dict(train=trained, model=model)))
+    return run
+
+
+@pytest.fixture
+def ablations(world, tmp_path):
+    """Two seeds of RDTF, one of each other row of Tables 3 and 4, and one that belongs to none."""
+    runs = [ablation(world, tmp_path / "runs", 0), ablation(world, tmp_path / "runs", 1), ablation(world, tmp_path / "runs", 0, curriculum="none"),
+            ablation(world, tmp_path / "runs", 0, curriculum="linear"), ablation(world, tmp_path / "runs", 0, ddu=False, curriculum="none"),
+            ablation(world, tmp_path / "runs", 0, ddu=False, curriculum="none", temporal="conv3d"), ablation(world, tmp_path / "runs", 0, lr=0.5)]
+    return tmp_path / "runs", runs
+
+
+def test_runs_are_found_by_their_configuration(ablations):
+    folder, runs = ablations
+    found = evaluate.find_runs([str(folder)])
+    assert set(found) == set(runs)
+    rows, left_out = evaluate.choose(found, evaluate.TABLES["3"][1])
+    assert rows == {"DFGN(3D-Conv)": [runs[5]], "DFGN": [runs[4]], "DFGN + DDU": [runs[2]], "DFGN + DDU + DCL": runs[:2]}
+    assert set(left_out) == {str(runs[3]), str(runs[6])} and "lr=0.5" in left_out[str(runs[6])]
+    rows, _ = evaluate.choose(found, evaluate.TABLES["4"][1])
+    assert rows == {"RDTF w/o CL": [runs[2]], "RDTF w/ LCL": [runs[3]], "RDTF w/ DCL": runs[:2]}
+    with pytest.raises(data.UserError, match="--runs nowhere"):
+        evaluate.find_runs(["nowhere"])
+    with pytest.raises(data.UserError, match="none of 1 runs is a row"):
+        evaluate.choose({runs[5]: found[runs[5]]}, evaluate.TABLES["4"][1])
+
+
+def test_table_4(world, ablations, tmp_path, capsys):
+    out = tmp_path / "t.json"
+    evaluate.main(["--table", "4", "--runs", str(ablations[0]), "--data", str(world[0]), "--steps", "2", "--n", "6", "--out", str(out)])
+    text, report = capsys.readouterr().out, json.loads(out.read_text())
+    assert "n = 6 concepts" in text and "8 evenly spaced frames" in text and "Left out: " in text
+    row = next(line for line in text.splitlines() if line.startswith("| RDTF w/ DCL |"))
+    assert row.startswith("| RDTF w/ DCL | 442.18 | 0.502 | 2: 0, 1 | - | - |")
+    ours, less = report["tasks"]["it2v"]["ours"], report["tasks"]["it2v"]["difference"]
+    for name in ("FD-app", "FD-mot", "dB over copying", "NIQE-local"):           # all rows are the same network here
+        assert ours["RDTF w/o CL"][name]["value"] == pytest.approx(ours["RDTF w/ DCL"][name]["value"], rel=1e-6)
+        assert np.hstack(less["RDTF w/o CL"][name]) == pytest.approx([0, 0, 0], abs=1e-6)
+    assert ours["copy nearest"]["dB over copying"]["value"] == 0 and less["copy nearest"]["FD-mot"][0] != 0
+    with Image.open(out.with_suffix(".png")) as image:
+        assert image.width > 500
+
+
+def test_paired_difference_is_narrower_than_its_parts():
+    rng = np.random.default_rng(0)
+    hard = rng.standard_normal(40) * 3
+    made = lambda shift: [({}, dict(score=hard + shift + 0.1 * rng.standard_normal(40)))]
+    test = type("Test", (), dict(records=[0] * 40, real_rows={}))
+    cells, less = evaluate.cells_of(test, "it2v", dict(a=made(1), b=made(0)), evaluate.parse([]))
+    value, (low, high) = less["a"]["score"]
+    assert 0.9 < low < value < high < 1.1 and np.ptp(evaluate.between(cells["a"].draws["score"])) > 1
+
+
+def test_tables_6_and_7_say_what_the_code_uses(tmp_path, capsys):
+    out = str(tmp_path / "t.json")
+    evaluate.main(["--table", "6", "--out", out])
+    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:4]] for line in capsys.readouterr().out.splitlines() if line.startswith("|")}
+    same = [name for name, (paper, ours) in rows.items() if paper == ours]
+    assert len(rows) > 30 and {"unet.in_channels", "sti.conv_kernel", "curriculum.Ki", "sampling.eta", "diffusion.beta_T", "vae.latent"} < set(same)
+    assert set(rows) - set(same) == {"hyper-parameter", "training.steps", "training.lr", "training.batch_per_gpu", "training.gpus", "training.gpu"}
+    evaluate.main(["--table", "7", "--out", out])
+    text = capsys.readouterr().out
+    assert "| interpolation | 01010101, 10101010, 10010010 | 10101010, 01010101, 10010010 | 10101010 |" in text and "| it2v | 10000000, 00100000 |" in text
+
+
+# ---- damage
+
+def test_damages_by_hand():
+    rng, clips = np.random.default_rng(0), np.random.default_rng(1).integers(0, 256, (20, 8, 16, 16, 3), np.uint8)
+    for kind, strengths in evaluate.DAMAGES.items():
+        for strength in strengths:
+            assert evaluate.damage(clips, kind, strength, rng).shape == clips.shape
+    kinds = {kind.split()[0].strip(","): kind for kind in evaluate.DAMAGES}
+    marked = np.arange(8, dtype=np.uint8)[None, :, None, None, None] * np.ones((20, 8, 1, 1, 3), np.uint8)
+    frozen = evaluate.damage(marked, kinds["frozen"], 6, rng)[0, :, 0, 0, 0]
+    assert frozen.tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
+    for strength in (1, 3):
+        order = evaluate.damage(marked, kinds["shuffled"], strength, rng)[..., 0, 0, 0].astype(int)
+        assert (np.sort(order, 1) == np.arange(8)).all() and 0 < abs(order - np.arange(8)).max() <= strength
+    assert len(np.unique(evaluate.damage(clips, kinds["repeats"], 5, rng).reshape(20, -1), axis=0)) == 4
+    assert (evaluate.wrong_captions(20, 25, rng) != np.arange(20)).sum() == 5 and (evaluate.wrong_captions(20, 100, rng) != np.arange(20)).all()
+
+
+def test_check_metrics_prints_a_table(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "DAMAGES", {k: v for k, v in evaluate.DAMAGES.items() if k.startswith(("noise", "frozen"))})
+    evaluate.main(["--check-metrics", "--data", str(world[0]), "--n", "30", "--out", str(tmp_path / "c.json")])
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert "| noise, of 255: 4, 10, 25 |" in capsys.readouterr().out
+    frozen = np.array(next(v for k, v in report["damaged"]["FD-mot"].items() if k.startswith("frozen"))["factors"])
+    assert frozen.shape == (3, 3) and (frozen.mean(0)[2] > 3)
+    halves = evaluate.split_concepts(data.StickerSet(world[0]).records, 30, 8, np.random.default_rng(0))
+    assert len(halves[0]) == len(halves[1]) and not {r["concept"] for r in halves[0]} & {r["concept"] for r in halves[1]}
+
+
+# ---- judge and study by command
+
+def test_judge_is_fitted_and_used(world, tmp_path, capsys):
+    judge = str(tmp_path / "judge.safetensors")
+    evaluate.main(["--fit-judge", "--data", str(world[0]), "--judge", judge])
+    evaluate.main(command(world, "--tasks", "t2v", "--judge", judge))
+    assert "| mean of a clip | NIQE-local | R@1-local | R@1-local shuffled |" in capsys.readouterr().out
+    data.main(["synthetic", "--n", "60", "--size", "16", "--out", str(tmp_path / "set")])
+    with pytest.raises(data.UserError, match="fitted to another set"):
+        evaluate.main(["--run", str(world[1]), "--data", str(tmp_path / "set"), "--judge", judge])
+
+
+def test_study_of_two_runs(world, ablations, tmp_path, capsys):
+    page = tmp_path / "study.html"
+    evaluate.main(["--study", *map(str, ablations[1][:2]), "--data", str(world[0]), "--steps", "2", "--n", "2", "--out", str(page)])
+    key = json.loads(page.with_suffix(".key.json").read_text())
+    assert key["methods"] == [run.name for run in ablations[1][:2]] and len(key["inputs"]) == 2
+    answers = [{c: list(x["codes"]) for c in key["criteria"]} for x in key["inputs"]]
+    (tmp_path / "a.json").write_text(json.dumps(dict(study=key["study"], participant="p", answers=answers)))
+    evaluate.main(["--study-results", str(tmp_path / "a.json"), str(page.with_suffix(".key.json")), "--key", str(page.with_suffix(".key.json"))])
+    assert "participants: 1, inputs: 2" in capsys.readouterr().out
+    with pytest.raises(data.UserError, match="--key"):
+        evaluate.main(["--study-results", str(tmp_path / "a.json")])
