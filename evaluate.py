@@ -25,6 +25,7 @@ import io
 import itertools
 import json
 import os
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -33,7 +34,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
@@ -98,6 +99,11 @@ def hash_of(made_of):
     return hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def code_of(*names):
+    """{name: hash} of scripts that a kept result depends on."""
+    return {name: file_hash(Path(__file__).with_name(name)) for name in names}
+
+
 def kept(folder, name, made_of, shape, dtype, batch, make):
     """An array of this shape whose rows make(slice) gives, kept as folder/name-HASH.npy.
 
@@ -116,6 +122,8 @@ def kept(folder, name, made_of, shape, dtype, batch, make):
         with tqdm(total=shape[0], initial=done, desc=name, unit="clip", delay=1) as bar:
             for i in range(done, shape[0], batch):
                 rows = np.ascontiguousarray(make(slice(i, min(i + batch, shape[0]))), dtype)
+                if rows.shape != (min(batch, shape[0] - i), *shape[1:]):
+                    raise ValueError(f"{name}: {rows.shape} came where {(min(batch, shape[0] - i), *shape[1:])} belongs")
                 file.write(rows.tobytes())
                 file.flush()
                 bar.update(len(rows))
@@ -134,7 +142,7 @@ class Run:
         if not self.model.is_file():
             raise UserError(f"--run {folder}: no model.safetensors there; train one with `python train.py --out {folder}`")
         self.sampler = Sampler(self.model, args.vae)
-        self.sources = {name: file_hash(Path(__file__).with_name(name)) for name in ("model.py", "sample.py")}
+        self.sources = code_of("data.py", "model.py", "sample.py")
         self.sources["model"] = file_hash(self.model)
         with safe_open(str(self.model), "pt") as file:
             self.meta = {k: json.loads(v) for k, v in file.metadata().items()}
@@ -145,7 +153,7 @@ class Run:
     def clips(self, task, test):
         """(clips (N, T, S, S, 4) uint8, what they were made of); clip k is seeded by (--seed, k)."""
         settings, seed, n = self.settings(task != "t2v"), self.args.seed, len(test.records)
-        made_of = dict(self.sources, set=test.set_hash, task=task, files=test.files, seed=seed, **settings)
+        made_of = dict(self.sources, set=test.set_hash, task=task, mask=eval_mask(task, test.T, test.T).tolist(), files=test.files, seed=seed, **settings)
         prompts = ["" if task == "i2v" else caption for caption in test.captions]
         mask = np.stack([eval_mask(task, self.sampler.T, self.sampler.T)] * n)
         given = lambda part: dict(frames=test.real[part], cond_mask=mask[part]) if mask.any() else {}
@@ -187,7 +195,7 @@ class Test:
 
     def rows(self, folder, made_of, n, read, names=None):
         """{extractor: (n, width) float32} of the clips that read(slice) gives, uint8 straight RGBA."""
-        code = file_hash(Path(__file__).with_name("metrics.py"))
+        code = code_of("metrics.py", "data.py", "model.py")
         return {x.name: kept(folder, x.name, dict(clips=made_of, by=x.key, code=code), (n, x.width), np.float32, x.batch, lambda part: x(to_white(read(part))))
                 for x in self.extractors if names is None or x.name in names}
 
@@ -200,11 +208,10 @@ class Test:
         """Rows of the real clips and of the strangers', scores of the real ones, the floor of the distances."""
         self.real_rows, n = self.rows_of(self.records), len(self.records)
         names = {kind for kind, _ in DISTANCES.values()}
+        self.niqe = NIQE(self.rows_of(self.strangers, {"niqe"})["niqe"].astype(float)) if len(self.strangers) >= NIQE.least else None
+        self.floor = None
         if len(self.strangers) > 1:
-            self.niqe = NIQE(self.rows_of(self.strangers, {"niqe"})["niqe"].astype(float))
             self.floor = distances(self.real_rows, self.rows_of(self.strangers[:n], names), self.args, paired=False)
-        else:
-            self.niqe = self.floor = None
 
     def scores(self, rows, task):
         """One value a clip of every metric that has one: {name: (N,)}."""
@@ -224,7 +231,7 @@ class Test:
     def text(self, name):
         """Unit vectors of the captions by an extractor."""
         x = next(x for x in self.extractors if x.name == name)
-        return kept(self.folder, f"{name}-text", dict(captions=self.captions, by=x.key), (len(self.captions), x.dim), np.float32, 64, lambda part: x.texts(self.captions[part]))
+        return kept(self.folder, f"{name}-text", dict(captions=self.captions, by=x.key, code=code_of("metrics.py", "data.py", "model.py")), (len(self.captions), x.dim), np.float32, 64, lambda part: x.texts(self.captions[part]))
 
     def says(self):
         return [x.says(self.T, self.stickers.size) for x in self.extractors]
@@ -287,8 +294,8 @@ def distances(reference, other, args, paired=True):
         if kind in reference and kind in other:
             a, b = reference[kind].astype(float), other[kind].astype(float)
             result[name] = dict(value=distance(a, b), interval=bootstrap_fd(a, b, seed=args.seed, paired=paired and n == m, distance=distance))
-            if name == "FVD" and min(n, m) >= 32:
-                result["FVD-inf"] = extrapolate(a, b)
+            if name == "FVD" and min(n, m) >= 2 * a.shape[1]:   # of fewer clips than twice the features a line in 1/n says nothing
+                result["FVD-inf"] = extrapolate(a, b, seed=args.seed)
     return result
 
 
@@ -393,8 +400,8 @@ def compare(runs):
     reports = {run: read_run(run) for run in runs}
     first, _, _, report = reports[runs[0]]
     for run, (*_, other) in reports.items():
-        for key in ("set", "split", "files", "seed", "protocol", "sampler"):
-            if other[key] != report[key]:
+        for key in ("set", "split", "files", "seed", "protocol", "sampler", "metrics"):
+            if other.get(key) != report.get(key):
                 raise UserError(f"--compare {run}: evaluated with another {key} than {runs[0]}; evaluate both alike")
         if list(other["tasks"]) != list(report["tasks"]):
             raise UserError(f"--compare {run}: evaluated on other --tasks than {runs[0]}; evaluate both alike")
@@ -418,44 +425,62 @@ TABLES = {  # tasks with the key of the paper's numbers, and what a row's runs a
                                              "DFGN + DDU": dict(SPEC, curriculum="none"), "DFGN + DDU + DCL": SPEC}),
     "4": (dict(it2v="table4_curriculum_it2v"), {"RDTF w/o CL": dict(SPEC, curriculum="none"), "RDTF w/ LCL": dict(SPEC, curriculum="linear"), "RDTF w/ DCL": SPEC})}
 WITHOUT_DDU = dict(tasks=["it2v"], frames="full", still_share=0.0)   # one task on whole clips: no use of dual masks
-WATCHED = ("seed", "out", "workers", "log_every", "save_every", "set", "data", "vae", "stage")   # no choice of a method
+WATCHED = ("seed", "out", "workers", "log_every", "save_every", "set", "data", "vae", "stage")   # no choice of a method; what data and VAE hold is in "inputs"
 
 
 def find_runs(folders):
-    """Run folders with a trained DFGN among the folders and all below them: {folder: config.json}."""
+    """Run folders with a DFGN that is trained to its end, among the folders and all below them: {folder: config.json, newer fields at their defaults}."""
     found = {}
-    for folder in folders:
-        for path in sorted(Path(folder).rglob("config.json")):
+    for path in sorted(path for folder in folders for path in Path(folder).rglob("config.json")):
+        try:
             config = json.loads(path.read_text())
-            if config.get("train", {}).get("stage") == "dfgn" and path.with_name("model.safetensors").is_file():
+            config["train"] = {**vars(TrainConfig()), **config["train"]}
+            if config["train"]["stage"] == "dfgn" and config["model"] and last_step(path.parent) == config["train"]["steps"]:
                 found[path.parent] = config
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"{path}: left out, not a run of train.py ({type(error).__name__})", file=sys.stderr)
     if not found:
-        raise UserError(f"--runs {' '.join(folders) or '(none named)'}: no folder with config.json and model.safetensors of a trained DFGN there")
+        raise UserError(f"--runs {' '.join(folders) or '(none named)'}: no folder with config.json and model.safetensors of a DFGN that is trained to its end")
     return found
+
+
+def last_step(folder):
+    """The step of a run's model; None without one."""
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(str(path), "pt") as file:
+            return json.loads(file.metadata()["step"])
+    except (SafetensorError, TypeError) as error:
+        raise ValueError(error) from None
 
 
 def describe(config):
     """(what a row of a table asks for, how dual masks are used, all else that matters) of a run, as JSON text."""
-    trained = flat(dict(train={k: v for k, v in config["train"].items() if k not in WATCHED}, model=config["model"]))
-    masks = {k: trained.pop(f"train.{k}", getattr(TrainConfig(), k)) for k in WITHOUT_DDU}
-    spec = dict(temporal=trained.pop("model.dfgn.temporal"), ddu=masks != WITHOUT_DDU, curriculum=trained.pop("train.curriculum"))
+    trained = flat(dict(train={k: v for k, v in config["train"].items() if k not in WATCHED}, model=config["model"], inputs=config.get("inputs", {})))
+    masks = {k: trained.pop(f"train.{k}") for k in WITHOUT_DDU}
+    whole = not masks["tasks"] and masks["frames"] != "full"
+    ddu = False if masks == WITHOUT_DDU else True if whole else "in part"
+    spec = dict(temporal=trained.pop("model.dfgn.temporal"), ddu=ddu, curriculum=trained.pop("train.curriculum"))
     return spec, json.dumps(masks), json.dumps(trained, sort_keys=True)
 
 
 def choose(found, specs):
     """({row: runs of different seeds}, {run left out: why}): the runs that fill most rows and are alike in all but what the rows are about."""
     described = {folder: describe(config) for folder, config in found.items()}
+
     def alike(like):
         _, masks, rest = like
         members = [f for f, (spec, m, r) in described.items() if r == rest and (m == masks or not spec["ddu"])]
-        return {row: runs for row, spec in specs.items() if (runs := [f for f in members if described[f][0] == spec])}
+        rows = {row: {found[f]["train"]["seed"]: f for f in reversed(members) if described[f][0] == spec} for row, spec in specs.items()}
+        return {row: sorted(runs.values()) for row, runs in rows.items() if runs}
     best = max((alike(like) for like in described.values()), key=lambda rows: (len(rows), sum(map(len, rows.values()))))
     if not best:
         raise UserError(f"--runs: none of {len(found)} runs is a row of this table: {'; '.join(f'{row}: {spec}' for row, spec in specs.items())}")
     used = [f for runs in best.values() for f in runs]
-    first = flat(found[used[0]])
-    why = lambda f: ", ".join(f"{k.split('.', 1)[1]}={json.dumps(v)}" for k, v in flat(found[f]).items()
-                              if k.split(".", 1)[0] != "inputs" and k.split(".")[-1] not in WATCHED and first.get(k) != v)
+    less = lambda f, g: [f"{k.split('.', 1)[-1]}={json.dumps(v)}" for k, v in flat(found[f]).items() if k.split(".")[-1] not in WATCHED and flat(found[g]).get(k) != v]
+    why = lambda f: ", ".join(min((less(f, g) for g in used), key=len))
     return best, {str(f): why(f) or "the same as another" for f in found if f not in used}
 
 
@@ -530,7 +555,7 @@ def table(args):
     keys, specs = TABLES[args.table]
     found = find_runs(args.runs)
     runs, left_out = choose(found, specs)
-    model = next(iter(found.values()))["model"]
+    model = found[next(iter(runs.values()))[0]]["model"]
     test, paper = Test(args, model["frames"], model["vae"]["size"]), json.loads(PAPER.read_text())
     test.measure_real()
     seeds = {row: f"{len(folders)}: {', '.join(str(found[f]['train']['seed']) for f in folders)}" for row, folders in runs.items()}
@@ -676,6 +701,8 @@ def split_concepts(records, n, T, rng):
     first = {concepts[i] for i in rng.permutation(len(concepts))[:len(concepts) // 2]}
     halves = [[r for r in records if (r["concept"] in first) == side] for side in (True, False)]
     n = min(n, *map(len, halves))
+    if n < 2:
+        raise UserError("--check-metrics: the training split has too few concepts with an animation for two halves")
     return [[half[i] for i in rng.permutation(len(half))[:n]] for half in halves]
 
 
@@ -687,8 +714,9 @@ def react(test, seed, args):
     shown, captions = to_white(read_clips(test.stickers, held, test.T)), np.array([r["caption"] for r in held])
     look = lambda clips, kinds: {x.name: np.concatenate([x(clips[i:i + x.batch]) for i in range(0, len(clips), x.batch)]).astype(float) for x in test.extractors if x.name in kinds}
     distant, single = {kind for kind, _ in DISTANCES.values()}, {"niqe", "judge", "clip", "dover"}
-    rows = look(reference, distant | {"niqe"})
-    test.niqe = NIQE(rows["niqe"])
+    rows = look(reference, distant)
+    one_each = pick([r for r in test.stickers.records if r["split"] == "train"], 512, test.T, seed)    # twins on both sides would look alike
+    test.niqe = NIQE(look(to_white(read_clips(test.stickers, one_each, test.T)), {"niqe"})["niqe"]) if len(one_each) >= NIQE.least else None
 
     def record(key, clips, shown, captions):
         test.captions = captions.tolist()
@@ -711,7 +739,7 @@ def check_metrics(args, seeds=3):
     args.split = "test"
     test = Test(args)
     results = [react(test, args.seed + s, args) for s in range(seeds)]
-    values, names = [r[0] for r in results], [m for m in (*DISTANCES, "VQA", "CLIP", "CLIP R@1", "NIQE-local", "R@1-local") if m in results[0][0]]
+    values, names = [r[0] for r in results], [m for m in (*DISTANCES, "VQA", "CLIP", "CLIP R@1", "NIQE-local", "R@1-local") if m in results[0][0] and all(v[m]["real"][0] for v, *_ in results)]
     report, rows = {}, []
     for kind, strengths in DAMAGES.items():
         cells = []
@@ -847,9 +875,14 @@ def study_table(results):
 
 def study(args):
     """A page on which runs are compared, for a task of --tasks with the first of the test's concepts."""
+    methods = [Path(folder).resolve().name for folder in args.study]
+    if len(set(methods)) < len(methods):
+        raise UserError(f"--study {' '.join(args.study)}: runs are told apart by the names of their folders; two have the same")
     runs, out = [Run(folder, args) for folder in args.study], Path(args.out or "out/study.html")
-    test = Test(args, runs[0].sampler.T, runs[0].sampler.size)
-    methods = [run.folder.name for run in runs]
+    sizes = {(run.sampler.T, run.sampler.size) for run in runs}
+    if len(sizes) > 1:
+        raise UserError(f"--study {' '.join(args.study)}: frames and pixels differ, {sorted(sizes)}; compare runs of one size")
+    test = Test(args, *sizes.pop())
     inputs = []
     for task in args.tasks:
         made, given = [run.clips(task, test)[0] for run in runs], np.flatnonzero(eval_mask(task, test.T, test.T))
@@ -936,6 +969,12 @@ def check(args):
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
     if args.prompts and not args.sheet:
         raise UserError("--prompts: say with --sheet FILE.png where the stickers go")
+    if args.runs and not args.table:
+        raise UserError("--runs: is of --table; evaluate one run with --run")
+    if args.key and not args.study_results:
+        raise UserError("--key: is of --study-results")
+    if args.table and args.out and Path(args.out).suffix != ".json":
+        raise UserError(f"--out {args.out}: a table's numbers go to a .json file, its plot beside it")
     if args.i3d_eps is not None and args.i3d_eps <= 0:
         raise UserError(f"--i3d-eps {args.i3d_eps}: must be above 0")
     check_sheet(args.sheet)

@@ -552,7 +552,8 @@ class CLIPRows:
         self.net = self.net.eval().requires_grad_(False).to(device)
         self.tokenize = open_clip.get_tokenizer(self.model)
         self.T, self.dim = T, self.net.encode_text(self.tokenize(["a"]).to(device)).shape[1]
-        self.width, self.key = T * self.dim, dict(clip=file_hash(weights), model=self.model)
+        config = Path(path) / "open_clip_config.json"
+        self.width, self.key = T * self.dim, dict(clip=file_hash(weights), model=self.model, config=file_hash(config) if config.is_file() else None)
 
     def says(self, T, size):
         return f"CLIP: {self.model.split(':')[0]}, {self.path} (SHA-256 {self.key['clip'][:12]}); compare with no other model's"
@@ -858,6 +859,8 @@ class NIQE:
 
     A hundredth of each feature's variance is added to the diagonal: some features nearly repeat others. It is a detector: scores
     of damaged clips soon are all 0, and by how much they are worse is in `distance`, which is no scale of quality either."""
+
+    least = 74                                   # stickers to be fitted to: more than 36, one for each feature, and as many kept back
 
     def __init__(self, features, seed=0, ridge=0.01):
         half, rest = np.array_split(np.random.default_rng(seed).permutation(len(features)), 2)

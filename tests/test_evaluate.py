@@ -189,6 +189,9 @@ def test_kept_rows_survive_a_kill(tmp_path):
     rows = evaluate.kept(*what, make(99))
     assert calls == [(0, 4), (4, 8), (8, 10)] and rows.tolist() == [[i] * 3 for i in range(10)] and not part.exists()
     assert (evaluate.kept(*what, make(0)) == rows).all()
+    with pytest.raises(ValueError, match="came where"):
+        evaluate.kept(tmp_path, "x", dict(a=3), (10, 4), *what[4:], make(99))
+    next(tmp_path.glob("*.part")).unlink()
     assert (evaluate.kept(tmp_path, "x", dict(a=2), *what[3:], make(99)) == rows).all() and len(list(tmp_path.iterdir())) == 2
 
 
@@ -203,12 +206,16 @@ def test_unequal_sets_are_refused_unless_allowed():
     assert (result["n"], result["m"]) == (12, 8) and evaluate.fd_cells(result)[0] == "12 against 8"
 
 
-def test_fvd_is_of_bare_logits_and_extrapolated():
+def test_fvd_is_of_bare_logits_and_extrapolated(monkeypatch):
     rng = np.random.default_rng(0)
-    a, b = (dict(i3d=rng.standard_normal((40, 400)).astype(np.float32) * 3) for _ in range(2))
+    a, b = (dict(i3d=rng.standard_normal((800, 400)).astype(np.float32) * 3) for _ in range(2))
+    monkeypatch.setattr(evaluate, "bootstrap_fd", lambda *_, **__: [0, 1])          # a minute at this size
+    monkeypatch.setattr(evaluate, "extrapolate", lambda a, b, seed: (7.0, 2.0))     # likewise; tested in test_metrics.py
     result = evaluate.distances(a, b, evaluate.parse([]))
     assert result["FVD"]["value"] == pytest.approx(evaluate.frechet(a["i3d"], b["i3d"])) and len(result["FVD-inf"]) == 2
     assert len(evaluate.fd_cells(result)) == 3 and "+-" in evaluate.fd_cells(result)[2]
+    few = evaluate.distances({k: v[:799] for k, v in a.items()}, {k: v[:799] for k, v in b.items()}, evaluate.parse([]))
+    assert evaluate.fd_cells(few)[2] == "-"
 
 
 # ---- the published networks in a whole run
@@ -242,12 +249,13 @@ def ablation(world, folder, seed, **changes):
     run = folder / f"{'-'.join(map(str, changes.values())) or 'rdtf'}-{seed}"
     run.mkdir(parents=True)
     (run / "model.safetensors").write_bytes((world[1] / "model.safetensors").read_bytes())
+    changes = dict(steps=7, **changes)             # what the model says that it was trained for
     model = json.loads(json.dumps(PRESETS["tiny"].to_dict()))
     model["dfgn"]["temporal"] = changes.pop("temporal", "sti")
     ddu = changes.pop("ddu", True)
     masks = {} if ddu else json.loads(json.dumps(evaluate.WITHOUT_DDU))
     trained = {**vars(evaluate.TrainConfig()), **masks, "preset": "tiny", "seed": seed, **changes}
-    (run / "config.json").write_text(json.dumps(dict(train=trained, model=model)))
+    (run / "config.json").write_text(json.dumps(dict(train=trained, model=model, inputs=dict(data="d", vae="v"), precision="bf16" if seed else "float32")))
     return run
 
 
@@ -262,11 +270,23 @@ def ablations(world, tmp_path):
 
 def test_runs_are_found_by_their_configuration(ablations):
     folder, runs = ablations
+    for name, change in (("twin", {}), ("othervae", dict(inputs=dict(data="d", vae="w"))), ("unfinished", dict(steps=9)), ("part", dict(tasks=["it2v"]))):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes((runs[0] / "model.safetensors").read_bytes())
+        config = json.loads((runs[0] / "config.json").read_text())
+        config["train"].update({k: v for k, v in change.items() if k != "inputs"})
+        (folder / name / "config.json").write_text(json.dumps({**config, **{k: v for k, v in change.items() if k == "inputs"}}))
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{")
+    old = json.loads((runs[1] / "config.json").read_text())
+    del old["train"]["still_first"]                # a run from before this field
+    (runs[1] / "config.json").write_text(json.dumps(old))
     found = evaluate.find_runs([str(folder)])
-    assert set(found) == set(runs)
+    others = {name: folder / name for name in ("twin", "othervae", "part")}
+    assert set(found) == {*runs, *others.values()}
     rows, left_out = evaluate.choose(found, evaluate.TABLES["3"][1])
     assert rows == {"DFGN(3D-Conv)": [runs[5]], "DFGN": [runs[4]], "DFGN + DDU": [runs[2]], "DFGN + DDU + DCL": runs[:2]}
-    assert set(left_out) == {str(runs[3]), str(runs[6])} and "lr=0.5" in left_out[str(runs[6])]
+    assert set(left_out) == {str(runs[3]), str(runs[6]), *map(str, others.values())} and left_out[str(others["twin"])] == "the same as another" and "lr=0.5" in left_out[str(runs[6])]
     rows, _ = evaluate.choose(found, evaluate.TABLES["4"][1])
     assert rows == {"RDTF w/o CL": [runs[2]], "RDTF w/ LCL": [runs[3]], "RDTF w/ DCL": runs[:2]}
     with pytest.raises(data.UserError, match="--runs nowhere"):
