@@ -519,7 +519,7 @@ def test_dover_rows_are_the_mean_of_three_views_and_seeded(dover, tmp_path, monk
     assert (got == rows[5](clip[None])).all() and (got != rows[6](clip[None])).any() and rows[5].key != rows[6].key
     assert "8 frames, each repeated 4 times, 64 -> 224 px" in rows[5].says(8, 64)
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(data.UserError, match="--dover .*other.pth: not the weights of DOVER: missing 369 .*unknown 1"):
+    with pytest.raises(data.UserError, match="--dover .*other.pth: not the weights of DOVER: missing 381 .*unknown 1"):
         metrics.DOVERRows(str(tmp_path / "other.pth"))
 
 
