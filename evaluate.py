@@ -29,12 +29,11 @@ import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
@@ -42,13 +41,14 @@ from curriculum import KD, KI, KP
 from data import (TASKS, StickerSet, UserError, check_sheet, contact_sheet, eval_mask, even_frames, given_frames, mask_of, nearest_given, read_jsonl, run_cli,
                   to_rgba, to_tensor, write_animation)
 from metrics import (CLIPRows, DOVERRows, I3DRows, JudgeRows, LocalRows, NIQE, NIQERows, bootstrap, bootstrap_fd, clip_scores, dover_fuse, extrapolate,
-                     fd_app, fd_mot, fit_judge, frechet, psnr, recall, save_judge)
+                     fd_app, fd_mot, fit_judge, frechet, on_white, psnr, recall, save_judge)
 from model import PRESETS, RDTF, STI, Config, fill
-from sample import DEFAULTS, Sampler
-from train import TrainConfig, file_hash, flat, write_atomically
+from sample import DEFAULTS, Sampler, defaults
+from train import TrainConfig, file_hash, flat, read_metadata, write_atomically
 
 DISTANCES = {"FVD": ("i3d", frechet), "FD-app": ("local", fd_app), "FD-mot": ("local", fd_mot)}  # features, and the distance of two sets of them
 JUDGE = "runs/judge.safetensors"
+DISTANT = {kind for kind, _ in DISTANCES.values()}
 PAPER = Path(__file__).with_name("assets") / "paper_tables.json"
 
 
@@ -67,12 +67,6 @@ def pick(records, n, T, seed):
 def read_clips(stickers, records, T):
     """(N, T, S, S, 4) uint8 straight RGBA."""
     return np.stack([stickers.clip(r, even_frames(r["n"], T)) for r in records])
-
-
-def on_white(rgba):
-    """(..., 4) uint8 straight RGBA -> (..., 3) float32 in 0..1."""
-    x = rgba.astype(np.float32) / 255
-    return x[..., :3] * x[..., 3:] + 1 - x[..., 3:]
 
 
 def copy_nearest(clips, mask):
@@ -144,8 +138,6 @@ class Run:
         self.sampler = Sampler(self.model, args.vae)
         self.sources = code_of("data.py", "model.py", "sample.py")
         self.sources["model"] = file_hash(self.model)
-        with safe_open(str(self.model), "pt") as file:
-            self.meta = {k: json.loads(v) for k, v in file.metadata().items()}
 
     def settings(self, given):
         return {**self.sampler.settings(given, **{name: getattr(self.args, name) for name in DEFAULTS}), "detail": self.args.detail}
@@ -191,12 +183,11 @@ class Test:
         self.captions, self.files = ([r[key] for r in self.records] for key in ("caption", "file"))
         self.set_hash, self.real = self.stickers.meta["hash"], read_clips(self.stickers, self.records, T)
         self.folder = Path(args.data) / "eval"
-        self.extractors = extractors(args, T, self.set_hash)
+        self.extractors, self.code = extractors(args, T, self.set_hash), code_of("metrics.py", "data.py", "model.py")
 
     def rows(self, folder, made_of, n, read, names=None):
         """{extractor: (n, width) float32} of the clips that read(slice) gives, uint8 straight RGBA."""
-        code = code_of("metrics.py", "data.py", "model.py")
-        return {x.name: kept(folder, x.name, dict(clips=made_of, by=x.key, code=code), (n, x.width), np.float32, x.batch, lambda part: x(to_white(read(part))))
+        return {x.name: kept(folder, x.name, dict(clips=made_of, by=x.key, code=self.code), (n, x.width), np.float32, x.batch, lambda part: x(to_white(read(part))))
                 for x in self.extractors if names is None or x.name in names}
 
     def rows_of(self, records, names=None):
@@ -204,14 +195,18 @@ class Test:
         made_of = dict(set=self.set_hash, files=[r["file"] for r in records], T=self.T)
         return self.rows(self.folder, made_of, len(records), lambda part: read_clips(self.stickers, records[part], self.T), names)
 
+    def rows_of_copies(self, mask, names=None):
+        """Of the real clips, unknown frames replaced by the nearest given one."""
+        copies = copy_nearest(self.real, mask)
+        return self.rows(self.folder, dict(copy=mask.tolist(), of=self.files, set=self.set_hash), len(copies), copies.__getitem__, names)
+
     def measure_real(self):
         """Rows of the real clips and of the strangers', scores of the real ones, the floor of the distances."""
         self.real_rows, n = self.rows_of(self.records), len(self.records)
-        names = {kind for kind, _ in DISTANCES.values()}
         self.niqe = NIQE(self.rows_of(self.strangers, {"niqe"})["niqe"].astype(float)) if len(self.strangers) >= NIQE.least else None
         self.floor = None
         if len(self.strangers) > 1:
-            self.floor = distances(self.real_rows, self.rows_of(self.strangers[:n], names), self.args, paired=False)
+            self.floor = distances(self.real_rows, self.rows_of(self.strangers[:n], DISTANT), self.args, paired=False)
 
     def scores(self, rows, task):
         """One value a clip of every metric that has one: {name: (N,)}."""
@@ -231,7 +226,8 @@ class Test:
     def text(self, name):
         """Unit vectors of the captions by an extractor."""
         x = next(x for x in self.extractors if x.name == name)
-        return kept(self.folder, f"{name}-text", dict(captions=self.captions, by=x.key, code=code_of("metrics.py", "data.py", "model.py")), (len(self.captions), x.dim), np.float32, 64, lambda part: x.texts(self.captions[part]))
+        made_of = dict(captions=self.captions, by=x.key, code=self.code)
+        return kept(self.folder, f"{name}-text", made_of, (len(self.captions), x.dim), np.float32, 64, lambda part: x.texts(self.captions[part]))
 
     def says(self):
         return [x.says(self.T, self.stickers.size) for x in self.extractors]
@@ -271,15 +267,19 @@ def mean_of(values, seed):
     return dict(mean=float(np.mean(values)), interval=bootstrap(values, seed=seed), clips=[round(float(v), 4) for v in values])
 
 
+def unknown_psnr(clips, real, mask):
+    """dB of each clip (N,), over the frames that are not given."""
+    return psnr(clips[:, mask == 0], real[:, mask == 0])
+
+
 def psnr_of(task, clips, real, decoded, mask, seed):
     """PSNR of the unknown frames, in dB: {model, copy, blend, vae, model - copy: mean, interval, clips}. White RGB clips."""
     if not mask.any():
         return None
-    unknown = mask == 0
     others = dict(model=clips, copy=copy_nearest(real, mask), vae=decoded)
     if mask.sum() > 1:                           # of one given frame it is the copy
         others["blend"] = blend(real, mask)
-    values = {name: psnr(x[:, unknown], real[:, unknown]) for name, x in others.items()}
+    values = {name: unknown_psnr(x, real, mask) for name, x in others.items()}
     values["model - copy"] = values["model"] - values["copy"]
     return {name: mean_of(v, seed) for name, v in values.items()}
 
@@ -303,18 +303,16 @@ def measure(run, test):
     """All numbers of a run: ({task: given, psnr, fd, fd of copying, scores}, distances of the VAE's round trip, {task: clips})."""
     args, real, T = run.args, test.real, test.T
     white, decoded = on_white(real), round_trip(run.sampler, real, args.batch)
-    kinds, tasks, made = {kind for kind, _ in DISTANCES.values()}, {}, {}
+    tasks, made = {}, {}
     for task in args.tasks:
         mask, (clips, made_of) = eval_mask(task, T, T), run.clips(task, test)
-        rows, copied = test.rows(run.folder / "eval", made_of, len(clips), clips.__getitem__), None
-        if mask.any():
-            copies = copy_nearest(real, mask)
-            copied = distances(test.real_rows, test.rows(test.folder, dict(copy=mask.tolist(), of=test.files, set=test.set_hash), len(copies), copies.__getitem__, kinds), args)
+        rows = test.rows(run.folder / "eval", made_of, len(clips), clips.__getitem__)
+        copied = distances(test.real_rows, test.rows_of_copies(mask, DISTANT), args) if mask.any() else None
         made[task] = clips
         tasks[task] = dict(given=np.flatnonzero(mask).tolist(), psnr=psnr_of(task, on_white(clips), white, on_white(decoded), mask, args.seed),
                            fd=distances(test.real_rows, rows, args), fd_copy=copied,
                            scores={name: mean_of(v, args.seed) for name, v in test.scores(rows, task).items()})
-    trip = test.rows(run.folder / "eval", dict(vae=run.meta["vae"], of=test.files, set=test.set_hash), len(real), decoded.__getitem__, kinds)
+    trip = test.rows(run.folder / "eval", dict(vae=run.sampler.meta["vae"], of=test.files, set=test.set_hash), len(real), decoded.__getitem__, DISTANT)
     return tasks, distances(test.real_rows, trip, args), made
 
 
@@ -384,6 +382,11 @@ def save_sheet(path, clips, labels, marks=None):
     print(path)
 
 
+def changes(trained, first):
+    """["field=value"] of flat configurations where `trained` differs from `first`."""
+    return [f"{k.split('.', 1)[-1]}={json.dumps(v)}" for k, v in trained.items() if first.get(k) != v]
+
+
 def read_run(run):
     """What a run was trained with, flat; its last step; core-seconds of all steps (rank 0, without loaders); its evaluation."""
     try:
@@ -407,7 +410,7 @@ def compare(runs):
             raise UserError(f"--compare {run}: evaluated on other --tasks than {runs[0]}; evaluate both alike")
     rows = []
     for run, (trained, step, cpu, other) in reports.items():
-        changed = ", ".join(f"{k.split('.', 1)[1]}={json.dumps(v)}" for k, v in trained.items() if first.get(k) != v)
+        changed = ", ".join(changes(trained, first))
         margins = [t["psnr"]["model - copy"] for t in other["tasks"].values() if t["psnr"]]
         distances = [f"{t['fd']['FD-app']['value']:.2f}, {t['fd']['FD-mot']['value']:.2f}" for t in other["tasks"].values()]
         rows.append([Path(run).name, changed or "-", str(step), f"{cpu:.0f}", *(with_interval(m["mean"], m["interval"]) for m in margins), *distances])
@@ -415,6 +418,7 @@ def compare(runs):
     head = ["run", "differs in", "steps", "core-s of the steps", *given, *(f"{task}, FD-app, FD-mot" for task in report["tasks"])]
     return (f"{report['split']} split, n = {report['n']} concepts, trained with seed {first['train.seed']}, evaluated with {report['seed']}; "
             f"{report['protocol']}; 95 % intervals of the differences\n\n{markdown(head, rows)}")
+
 
 # ------------------------------------------------------------------------------------------------ the paper's tables
 SPEC = dict(temporal="sti", ddu=True, curriculum="adaptive")   # RDTF: every part of the paper
@@ -450,9 +454,8 @@ def last_step(folder):
     if not path.is_file():
         return None
     try:
-        with safe_open(str(path), "pt") as file:
-            return json.loads(file.metadata()["step"])
-    except (SafetensorError, TypeError) as error:
+        return read_metadata(path)["step"]
+    except SafetensorError as error:
         raise ValueError(error) from None
 
 
@@ -479,8 +482,8 @@ def choose(found, specs):
     if not best:
         raise UserError(f"--runs: none of {len(found)} runs is a row of this table: {'; '.join(f'{row}: {spec}' for row, spec in specs.items())}")
     used = [f for runs in best.values() for f in runs]
-    less = lambda f, g: [f"{k.split('.', 1)[-1]}={json.dumps(v)}" for k, v in flat(found[f]).items() if k.split(".")[-1] not in WATCHED and flat(found[g]).get(k) != v]
-    why = lambda f: ", ".join(min((less(f, g) for g in used), key=len))
+    seen = {f: {k: v for k, v in flat(config).items() if k.split(".")[-1] not in WATCHED} for f, config in found.items()}
+    why = lambda f: ", ".join(min((changes(seen[f], seen[g]) for g in used), key=len))
     return best, {str(f): why(f) or "the same as another" for f in found if f not in used}
 
 
@@ -518,13 +521,11 @@ def cells_of(test, task, rows, args):
     return cells, less
 
 
-def measured(folder, test, task, args):
+def measured(run, test, task):
     """(rows, scores) of a run for a task; PSNR is in dB over copying the nearest given frame."""
-    run = Run(folder, args)
     clips, made_of = run.clips(task, test)
-    rows, mask = test.rows(run.folder / "eval", made_of, len(clips), clips.__getitem__), eval_mask(task, test.T, test.T)
-    white, real, unknown = on_white(clips), on_white(test.real), mask == 0
-    margin = psnr(white[:, unknown], real[:, unknown]) - psnr(copy_nearest(real, mask)[:, unknown], real[:, unknown])
+    rows, mask, real = test.rows(run.folder / "eval", made_of, len(clips), clips.__getitem__), eval_mask(task, test.T, test.T), on_white(test.real)
+    margin = unknown_psnr(on_white(clips), real, mask) - unknown_psnr(copy_nearest(real, mask), real, mask)
     return rows, {**test.scores(rows, task), "dB over copying": margin}
 
 
@@ -559,18 +560,19 @@ def table(args):
     test, paper = Test(args, model["frames"], model["vae"]["size"]), json.loads(PAPER.read_text())
     test.measure_real()
     seeds = {row: f"{len(folders)}: {', '.join(str(found[f]['train']['seed']) for f in folders)}" for row, folders in runs.items()}
-    first = found[next(iter(runs.values()))[0]]["train"]
-    settings = Run(next(iter(runs.values()))[0], args).settings(True)
+    first, looks = found[next(iter(runs.values()))[0]]["train"], {}
+    for folder in itertools.chain(*runs.values()):                # each network is in memory once, and alone
+        run = Run(folder, args)
+        settings = run.settings(True)                             # alike in all of them, as the presets are
+        looks[folder] = {task: measured(run, test, task) for task in keys}
     head = (f"Table {args.table}: {args.split} split of {args.data}, n = {len(test.records)} concepts, clips of seed {args.seed}; {first['preset']} preset, {first['steps']} steps of "
             f"batch {first['batch']}; {test.T} evenly spaced frames, {test.stickers.size} px, on white; {', '.join(f'{k} {v}' for k, v in settings.items())}; "
             f"95 % paired bootstrap intervals over concepts of the mean over seeds. The paper's numbers are of VSD2M at 256 px: compare orders, not values")
     report, plots, text = dict(table=args.table, head=head, metrics=test.says(), left_out=left_out, floor=test.floor, tasks={}), {}, [head, "\n".join(test.says())]
     for task, key in keys.items():
-        rows = {row: [measured(f, test, task, args) for f in folders] for row, folders in runs.items()}
-        mask = eval_mask(task, test.T, test.T)
-        copies = copy_nearest(test.real, mask)
-        rows = {"copy nearest": [(test.rows(test.folder, dict(copy=mask.tolist(), of=test.files, set=test.set_hash), len(copies), copies.__getitem__), {})], **rows}
-        rows["copy nearest"] = [(copied, {**test.scores(copied, task), "dB over copying": np.zeros(len(copies))}) for copied, _ in rows["copy nearest"]]
+        copied = test.rows_of_copies(eval_mask(task, test.T, test.T))
+        rows = {"copy nearest": [(copied, {**test.scores(copied, task), "dB over copying": np.zeros(len(test.records))})],
+                **{row: [looks[f][task] for f in folders] for row, folders in runs.items()}}
         cells, less = cells_of(test, task, rows, args)
         of_paper = paper[key]["rows"]
         plots[task] = cells, of_paper
@@ -633,12 +635,10 @@ def hyper_parameters(config, trained, sampling):
 
 def table6(args):
     """Rows of Table 6: name, paper, and what the presets and the named runs use."""
-    sampling = lambda config: Sampler.settings(SimpleNamespace(config=config), True)
-    used = {f"preset {name}": hyper_parameters(PRESETS[name], vars(TrainConfig()), sampling(PRESETS[name])) for name in ("paper", "mini")}
+    use = lambda config, trained: hyper_parameters(config, trained, defaults(config.name, True))
+    used = {f"preset {name}": use(PRESETS[name], vars(TrainConfig())) for name in ("paper", "mini")}
     for folder, config in (find_runs(args.runs) if args.runs else {}).items():
-        trained = {**vars(TrainConfig()), **config["train"]}
-        model = Config.from_dict(config["model"])
-        used[str(folder)] = hyper_parameters(model, trained, sampling(model))
+        used[str(folder)] = use(Config.from_dict(config["model"]), config["train"])
     paper = flat(json.loads(PAPER.read_text())["table6_hyperparameters"])
     return [["hyper-parameter", "paper", *used]] + [[k, str(v), *(str(u[k]) for u in used.values())] for k, v in paper.items()]
 
@@ -713,14 +713,14 @@ def react(test, seed, args):
     held = pick([r for r in test.stickers.records if r["split"] != "train"], 512, test.T, seed)
     shown, captions = to_white(read_clips(test.stickers, held, test.T)), np.array([r["caption"] for r in held])
     look = lambda clips, kinds: {x.name: np.concatenate([x(clips[i:i + x.batch]) for i in range(0, len(clips), x.batch)]).astype(float) for x in test.extractors if x.name in kinds}
-    distant, single = {kind for kind, _ in DISTANCES.values()}, {"niqe", "judge", "clip", "dover"}
-    rows = look(reference, distant)
+    single = {"niqe", "judge", "clip", "dover"}
+    rows = look(reference, DISTANT)
     one_each = pick([r for r in test.stickers.records if r["split"] == "train"], 512, test.T, seed)    # twins on both sides would look alike
     test.niqe = NIQE(look(to_white(read_clips(test.stickers, one_each, test.T)), {"niqe"})["niqe"]) if len(one_each) >= NIQE.least else None
 
     def record(key, clips, shown, captions):
         test.captions = captions.tolist()
-        seen = look(clips, distant)
+        seen = look(clips, DISTANT)
         for name, (kind, distance) in DISTANCES.items():
             if kind in seen:
                 values[name][key].append(distance(rows[kind], seen[kind]))
@@ -768,10 +768,6 @@ def require(fact, message):
         raise UserError(message)
 
 
-def short_hash(*of):
-    return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:12]
-
-
 def data_uri(frames, duration):
     """(T, S, S, 4) uint8 straight RGBA -> data URI of a lossless WebP; one frame: a still."""
     with tempfile.TemporaryDirectory() as folder:
@@ -779,8 +775,12 @@ def data_uri(frames, duration):
         return "data:image/webp;base64," + base64.b64encode(file.read_bytes()).decode()
 
 
-def check_study(inputs, methods):
+def check_methods(methods):
     require(2 <= len(set(methods)) == len(methods) <= 26, f"--study {' '.join(methods)}: 2 to 26 methods of different names can be ranked")
+
+
+def check_study(inputs, methods):
+    check_methods(methods)
     require(inputs, "--study: no input with a sticker of each method")
     for k, x in enumerate(inputs, 1):
         require(x["caption"].strip(), f"--study: input {k} has no caption, so nobody can say how well its stickers fit the text")
@@ -790,7 +790,7 @@ def check_study(inputs, methods):
 def blind(k, x, methods, seed, duration):
     """Input k as the page shows it, methods hidden by codes and shuffled, and as the key has it."""
     order = np.random.default_rng((seed, k)).permutation(len(methods))
-    codes = {short_hash(seed, k, x["caption"], methods[i]): methods[i] for i in order}
+    codes = {hash_of([seed, k, x["caption"], methods[i]]): methods[i] for i in order}
     stickers = [dict(code=code, image=data_uri(x["clips"][method], duration)) for code, method in codes.items()]
     given = [data_uri(frame[None], duration) for frame in x["given"]]
     return dict(caption=x["caption"], given=given, stickers=stickers), dict(caption=x["caption"], codes=codes)
@@ -803,7 +803,7 @@ def write_study(path, inputs, methods, seed, duration=125):
     UserError: not 2 to 26 methods of different names, no input, a blank caption, a sticker missing."""
     check_study(inputs, methods)
     shown, key = zip(*(blind(k, x, methods, seed, duration) for k, x in enumerate(inputs)))
-    page = dict(id=short_hash(CRITERIA, shown), criteria=[dict(name=n, question=q) for n, q in CRITERIA.items()], inputs=shown)
+    page = dict(id=hash_of([CRITERIA, shown]), criteria=[dict(name=n, question=q) for n, q in CRITERIA.items()], inputs=shown)
     content = json.dumps(page).replace("<", "\\u003c")          # a caption may hold </script>
     html = Path(__file__).with_name("assets").joinpath("study.html").read_text("utf-8").replace("__STUDY__", content)
     secret = dict(study=page["id"], seed=seed, criteria=list(CRITERIA), methods=list(methods), inputs=key)
@@ -876,8 +876,7 @@ def study_table(results):
 def study(args):
     """A page on which runs are compared, for a task of --tasks with the first of the test's concepts."""
     methods = [Path(folder).resolve().name for folder in args.study]
-    if len(set(methods)) < len(methods):
-        raise UserError(f"--study {' '.join(args.study)}: runs are told apart by the names of their folders; two have the same")
+    check_methods(methods)                       # before the sampling, which takes minutes
     runs, out = [Run(folder, args) for folder in args.study], Path(args.out or "out/study.html")
     sizes = {(run.sampler.T, run.sampler.size) for run in runs}
     if len(sizes) > 1:
@@ -992,7 +991,7 @@ def evaluate(args):
     test.measure_real()
     tasks, vae, made = measure(run, test)
     real = {name: mean_of(v, args.seed) for name, v in test.scores(test.real_rows, "t2v").items()}
-    report = dict(model=str(run.model), sha256=run.sources["model"], step=run.meta["step"], data=args.data, set=test.set_hash, split=args.split,
+    report = dict(model=str(run.model), sha256=run.sources["model"], step=run.sampler.meta["step"], data=args.data, set=test.set_hash, split=args.split,
                   groups=args.groups, n=len(test.records), seed=args.seed, sampler=dict(t2v=run.settings(False), others=run.settings(True)),
                   protocol=f"{test.T} evenly spaced frames, {test.stickers.size} px, on white", metrics=test.says(), files=test.files, tasks=tasks, vae=vae, floor=test.floor, real=real)
     out = Path(args.out or run.folder / "eval.json")

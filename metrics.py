@@ -10,7 +10,6 @@ Efron and Tibshirani, 1993 (bootstrap, jackknife); Video Swin, Liu et al., 2022;
 Hotelling, 1936, and Vinod, 1976 (canonical correlations, with a ridge); Mittal et al., 2012 and 2013 (BRISQUE, NIQE).
 """
 import functools
-import json
 import re
 import time
 import warnings
@@ -28,7 +27,7 @@ from scipy.special import gammaln
 
 from data import UserError, even_frames, tokenize
 from model import count_words
-from train import file_hash, save_model
+from train import file_hash, read_model, save_model
 
 PSNR_CAP = 50.0                                  # dB: a frame that is copied and did not move would have an infinite one
 
@@ -121,6 +120,18 @@ def psnr(x, y):
     """Arrays (N, ...) in 0..1 -> dB of each row (N,), 10 log10 (1 / mean squared error), at most PSNR_CAP."""
     error = ((np.asarray(x, np.float64) - y) ** 2).mean(tuple(range(1, np.ndim(x))))
     return -10 * np.log10(np.maximum(error, 10 ** (-PSNR_CAP / 10)))
+
+
+# ------------------------------------------------------------------------------------------------ what the networks are shown
+def on_white(rgba):
+    """(..., 4) uint8 straight RGBA -> (..., 3) float32 in 0..1."""
+    x = rgba.astype(np.float32) / 255
+    return x[..., :3] * x[..., 3:] + 1 - x[..., 3:]
+
+
+def to_signed(clips):
+    """uint8 (N, T, H, W, 3) -> float32 (N, T, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(clips).movedim(-1, 2).float() / 127.5 - 1
 
 
 # ------------------------------------------------------------------------------------------------ weight files
@@ -279,8 +290,7 @@ def extend(T, how="loop", least=16):
 
 def i3d_input(clips, how="loop"):
     """uint8 (N, T, H, W, 3) -> float32 (N, 3, 16, 224, 224) in [-1, 1]: bilinear, no antialiasing, as published FVDs do it."""
-    x = torch.from_numpy(clips).flatten(0, 1).movedim(-1, 1).float() / 127.5 - 1
-    x = F.interpolate(x, (224, 224), mode="bilinear", align_corners=False).unflatten(0, clips.shape[:2])
+    x = F.interpolate(to_signed(clips).flatten(0, 1), (224, 224), mode="bilinear", align_corners=False).unflatten(0, clips.shape[:2])
     return x[:, extend(clips.shape[1], how)].transpose(1, 2)
 
 
@@ -590,7 +600,6 @@ def recall(similarity):
 
 
 # ------------------------------------------------------------------------------------------------ FD-app, FD-mot
-# ------------------------------------------------------------------------------------------------ FD-app, FD-mot
 class LocalFeatures(nn.Module):
     """A fixed random convolutional network a frame; what its maps hold is appearance, how they change is motion.
 
@@ -651,7 +660,7 @@ class LocalRows:
         return "FD-app, FD-mot: Fréchet distance a feature, a fixed random network on 64 px; not FVD"
 
     def __call__(self, clips):
-        f = self.net(torch.from_numpy(clips).movedim(-1, 2).float() / 127.5 - 1)
+        f = self.net(to_signed(clips))
         return np.concatenate([f["appearance"], f["motion"]], 1)
 
 
@@ -717,12 +726,6 @@ def judge_records(stickers, seed, most=3):
     return [r for r, _ in chosen], weights / weights.sum()
 
 
-def white_clip(rgba):
-    """(T, S, S, 4) uint8 straight RGBA -> float32 (1, T, 3, S, S) in [-1, 1], on white."""
-    x = torch.from_numpy(rgba).float().movedim(-1, 1) / 255
-    return ((x[:, :3] * x[:, 3:] + 1 - x[:, 3:]) * 2 - 1)[None]
-
-
 @torch.no_grad()
 def fit_judge(stickers, seed=0, T=8, text_ridge=1e-3, sight_ridge=0.1):
     """Regularised canonical correlation of captions and looks, in closed form -> (Judge, report). stickers: the training split.
@@ -731,7 +734,7 @@ def fit_judge(stickers, seed=0, T=8, text_ridge=1e-3, sight_ridge=0.1):
     features. Directions are weighted with their correlations, so what words cannot predict counts for nothing."""
     began, judge = time.perf_counter(), Judge().eval()
     records, share = judge_records(stickers, seed)
-    looks = torch.cat([judge.look(white_clip(stickers.clip(r, even_frames(r["n"], T)))) for r in records]).double()
+    looks = torch.cat([judge.look(torch.from_numpy(on_white(stickers.clip(r, even_frames(r["n"], T))[None])).movedim(-1, 2) * 2 - 1) for r in records]).double()
     stands = share @ (count_words(tokenize([r["caption"] for r in records]), len(judge.word_weight)) > 0).double()
     judge.word_weight.copy_(torch.where(stands > 0, -stands.clamp_min(1e-9).log() + 0.1, 0))
     words = judge.weigh([r["caption"] for r in records]).double()
@@ -766,17 +769,7 @@ def save_judge(path, judge, **metadata):
 
 def load_judge(path):
     """(Judge in eval mode, metadata). UserError for any other file."""
-    from safetensors import SafetensorError, safe_open
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such judge; make one with `python evaluate.py --fit-judge`")
-    try:
-        with safe_open(str(path), "pt") as file:
-            metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-            weights = {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path}: not a readable .safetensors model ({error})") from None
-    if metadata.get("kind") != "judge":
-        raise UserError(f"{path}: holds {metadata.get('kind', 'something else')!r}, 'judge' is needed")
+    weights, metadata = read_model(path, "judge", "no such judge; make one with `python evaluate.py --fit-judge`")
     try:
         judge = Judge(metadata["buckets"], metadata["width"])
         judge.load_state_dict(weights)
@@ -798,7 +791,7 @@ class JudgeRows:
                 f"{self.key['judge'][:12]}); not CLIP; what a regression from words draws suits it better than real stickers do")
 
     def __call__(self, clips):
-        return self.net.encode_clips(torch.from_numpy(clips).movedim(-1, 2).float() / 127.5 - 1).cpu().numpy()
+        return self.net.encode_clips(to_signed(clips)).cpu().numpy()
 
     def texts(self, captions):
         return self.net.encode_texts(captions).cpu().numpy()

@@ -31,22 +31,27 @@ MINI = dict(steps=25, spacing="uniform", eta=0.0, text_scale=1.5, image_scale=1.
 MINI_GIVEN = dict(MINI, steps=2, text_scale=1.0)   # with given frames: more steps make livelier and less likely motion, captions of new concepts mislead
 
 
+def defaults(preset, given):
+    """Sampling settings of a preset by name, for clips with or without given frames."""
+    return {False: MINI, True: MINI_GIVEN}[given] if preset == "mini" else DEFAULTS
+
+
 class Sampler:
     """A trained network with its VAE. `sample` is what evaluate.py calls, too."""
 
     def __init__(self, model, vae=None, device=None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        net, meta = load_model(model, "dfgn")
-        vae = vae or meta["vae_file"]
+        net, self.meta = load_model(model, "dfgn")
+        vae = vae or self.meta["vae_file"]
         decoder, _ = load_model(vae, "vae")
-        if file_hash(vae) != meta["vae"]:
-            raise UserError(f"--vae {vae}: not the VAE that {model} was trained with (SHA-256 {meta['vae'][:12]}...)")
+        if file_hash(vae) != self.meta["vae"]:
+            raise UserError(f"--vae {vae}: not the VAE that {model} was trained with (SHA-256 {self.meta['vae'][:12]}...)")
         self.net, self.vae, self.config = net.to(self.device), decoder.to(self.device), net.config
         self.T, self.size = net.config.frames, net.config.vae.size
 
     def settings(self, given, **changes):
         """Steps, their spacing, eta and guidance scales of the preset, for clips with or without given frames; None changes nothing."""
-        own = {False: MINI, True: MINI_GIVEN}[given] if self.config.name == "mini" else DEFAULTS
+        own = defaults(self.config.name, given)
         if changes.get("eta") is not None and not 0 <= changes["eta"] <= 1:
             raise UserError(f"--eta {changes['eta']}: choose 0 (no fresh noise) to 1 (as much as DDPM)")
         return {k: own[k] if changes.get(k) is None else changes[k] for k in own}

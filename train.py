@@ -126,19 +126,31 @@ def save_model(path, weights, **metadata):
     write_atomically(path, lambda p: save_file(weights, p, metadata={k: json.dumps(v) for k, v in metadata.items()}))
 
 
-def load_model(path, kind):
-    """(network in eval mode, metadata) from a model.safetensors; kind "vae" or "dfgn". UserError for any other file."""
-    from safetensors import SafetensorError, safe_open
+def read_metadata(path):
+    """What save_model was told beside the weights."""
+    from safetensors import safe_open
+    with safe_open(str(path), "pt") as file:
+        return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+
+
+def read_model(path, kind, missing):
+    """(weights, metadata) of a file that save_model wrote for this kind. UserError for any other; `missing` says what to do without one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such model; train one with `python train.py{' --stage vae' if kind == 'vae' else ''}`")
+        raise UserError(f"{path}: {missing}")
     try:
-        with safe_open(str(path), "pt") as file:
-            metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
-            weights = {k: file.get_tensor(k) for k in file.keys()}
+        metadata, weights = read_metadata(path), load_file(path)
     except (SafetensorError, ValueError, OSError) as error:
         raise UserError(f"{path}: not a readable .safetensors model ({error})") from None
     if metadata.get("kind") != kind:
         raise UserError(f"{path}: holds {metadata.get('kind', 'something else')!r}, {kind!r} is needed")
+    return weights, metadata
+
+
+def load_model(path, kind):
+    """(network in eval mode, metadata) from a model.safetensors; kind "vae" or "dfgn". UserError for any other file."""
+    weights, metadata = read_model(path, kind, f"no such model; train one with `python train.py{' --stage vae' if kind == 'vae' else ''}`")
     try:
         config = metadata["config"]
         net = VAE(Config.from_dict(dict(vae=config["vae"])).vae) if kind == "vae" else RDTF(Config.from_dict(config))

@@ -1,4 +1,5 @@
 """The scripts lie beside this folder; the tests import them by name. Here: one tiny prepared set, VAE and DFGN for all of them."""
+import json
 import os
 import signal
 import sys
@@ -56,3 +57,19 @@ def tiny_dfgn(tmp_path_factory, dfgn_argv):
     run = tmp_path_factory.mktemp("tiny_dfgn") / "dfgn"
     run_train(*dfgn_argv, "--steps", 7, "--out", run, "--save-every", 4)
     return run
+
+
+TINY_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=8),
+                 text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A tiny open_clip model of random weights in the layout of a published one."""
+    import open_clip
+    import torch
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
+    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=TINY_CLIP, preprocess_cfg={})))
+    return folder

@@ -220,20 +220,14 @@ def test_fvd_is_of_bare_logits_and_extrapolated(monkeypatch):
 
 # ---- the published networks in a whole run
 
-def test_whole_run_with_weights(world, tmp_path, capsys, monkeypatch):
+def test_whole_run_with_weights(world, clip_folder, tmp_path, capsys, monkeypatch):
     """I3D and CLIP of random weights, DOVER's network replaced (it takes minutes): every number has its column and its protocol."""
-    import open_clip
     torch.manual_seed(0)
-    torch.save(evaluate.I3DRows.__init__.__globals__["I3D"]().state_dict(), tmp_path / "i3d.pt")
-    config = dict(embed_dim=32, vision_cfg=dict(image_size=16, layers=1, width=32, head_width=16, patch_size=8),
-                  text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=1))
-    (tmp_path / "clip").mkdir()
-    torch.save(open_clip.CLIP(**config).state_dict(), tmp_path / "clip" / "open_clip_pytorch_model.bin")
-    (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=config, preprocess_cfg={})))
-    torch.save(evaluate.DOVERRows.__init__.__globals__["DOVER"]().state_dict(), tmp_path / "DOVER.pth")
+    torch.save(metrics.I3D().state_dict(), tmp_path / "i3d.pt")
+    torch.save(metrics.DOVER().state_dict(), tmp_path / "DOVER.pth")
     monkeypatch.setattr(evaluate.DOVERRows, "__call__", lambda self, clips: np.tile([0.1107, -0.08285], (len(clips), 1)))
     evaluate.main(command(world, "--tasks", "it2v", "--n", "4", "--i3d", str(tmp_path / "i3d.pt"), "--dover", str(tmp_path / "DOVER.pth"),
-                          "--clip", str(tmp_path / "clip"), "--i3d-eps", "1e-5", "--i3d-frames", "hold", "--out", str(tmp_path / "all.json")))
+                          "--clip", str(clip_folder), "--i3d-eps", "1e-5", "--i3d-frames", "hold", "--out", str(tmp_path / "all.json")))
     text, report = capsys.readouterr().out, json.loads((tmp_path / "all.json").read_text())
     for word in ("| distance to the real clips | n | FVD | FVD-inf | FD-app | FD-mot |", "8 -> 16 hold", "eps 1e-05", "each repeated 4 times", "local-dir", "CLIP shuffled"):
         assert word in text

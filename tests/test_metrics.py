@@ -65,13 +65,17 @@ def test_standardise_keeps_constant_and_sleeping_features_small():
 
 # ---- features
 
+def signed(rgba):
+    """(N, T, S, S, 4) uint8 -> (N, T, 3, S, S) in [-1, 1], on white."""
+    return torch.from_numpy(np.moveaxis(metrics.on_white(rgba), -1, 2) * 2 - 1)
+
+
 def shape_clips(n, seed, side=64):
     """n clips of moving shapes, RGB on white in [-1, 1]: (n, 8, 3, side, side)."""
     rng = np.random.default_rng(seed)
     draw = lambda shape, colour, motion: np.stack([data.draw_shape(shape, colour, motion, t / 8, side) for t in range(8)])
     clips = [draw(*(names[rng.integers(len(names))] for names in (data.SHAPES, data.COLOURS, data.MOTIONS))) for _ in range(n)]
-    x = np.stack(clips).astype(np.float32) / 255
-    return torch.from_numpy(np.moveaxis(x[..., :3] * x[..., 3:] + 1 - x[..., 3:], -1, 2) * 2 - 1)
+    return signed(np.stack(clips))
 
 
 @pytest.fixture(scope="module")
@@ -324,21 +328,6 @@ def test_wrong_weights_are_refused_with_keys_and_shapes(tmp_path, i3d_weights):
 
 # ---- CLIP
 
-TINY_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=8),
-                 text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A tiny open_clip model of random weights in the layout of a published one."""
-    import open_clip
-    folder = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
-    (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=TINY_CLIP, preprocess_cfg={})))
-    return folder
-
-
 def test_clip_rows(clip_folder):
     import open_clip
     extractor = metrics.CLIPRows(str(clip_folder), T=3)
@@ -535,7 +524,7 @@ def judged(tmp_path_factory):
     judge, report = metrics.fit_judge(train)
     held = [data.StickerSet(out, split) for split in ("val", "test")]
     records = {r["caption"].split(" that")[0]: (s, r) for s in held for r in s.records if r["n"] >= 4}
-    clips = torch.cat([metrics.white_clip(s.clip(r, data.even_frames(r["n"], 4))) for s, r in records.values()])
+    clips = torch.cat([signed(s.clip(r, data.even_frames(r["n"], 4))[None]) for s, r in records.values()])
     return train, judge, report, [r["caption"] for _, r in records.values()], clips
 
 
@@ -620,7 +609,7 @@ def test_niqe_scores_real_ones_in_the_middle_and_damage_low(judged):
     stickers = judged[0]
     records = [r for r in stickers.records if r["n"] >= 4]
     x = np.stack([stickers.clip(r, data.even_frames(r["n"], 4)) for r in records])
-    white = torch.cat([metrics.white_clip(c) for c in x]).movedim(2, -1)
+    white = signed(x).movedim(2, -1)
     white = ((white + 1) * 127.5).round().byte().numpy()
     niqe = metrics.NIQE(metrics.niqe_features(white[::2]))
     held = white[1::2]
