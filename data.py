@@ -10,7 +10,9 @@ Key frames: paper Fig. 3 and Table 6. Condition masks: paper Table 7. Stickers: 
 labels and keywords: emojibase-data (MIT).
 """
 import argparse
+import contextlib
 import errno
+import fcntl
 import functools
 import hashlib
 import io
@@ -19,24 +21,31 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import warnings
-from collections import Counter, defaultdict
-from multiprocessing import Pool
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
-from scipy.cluster.vq import kmeans2
 from tqdm import tqdm
 
-VERSION = 1                                      # of the prepared format: raise it when index.jsonl or frames.bin change
+VERSION = 2                                      # of the prepared format: raise it when the files of a set change
 MOST_FRAMES = 24                                 # kept of a long clip
+SHARD_BYTES = 2 * 10**9                          # no file of frames or latents is longer
+BLOCK = 64                                       # stickers that a worker takes at a time; their frames are one file
+FEWEST_BLOCKS, MOST_BLOCKS = 64, 8192            # of a set: a small one has smaller blocks, a huge one larger ones
+LATENT_ROWS = 8192                               # frames in a file of latents: what a killed encoding loses at most
 MOST_KEYS = 8                                    # paper Table 6: k = 3..8
 TASKS = ("t2v", "i2v", "it2v", "interpolation", "prediction_forward", "prediction_backward")
 FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -78,13 +87,18 @@ def read_jsonl(path):
         raise UserError(f"{path}: no such file")
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-            if not isinstance(value, dict):
-                raise UserError(f"{path}, line {number}: not a JSON object")
-            yield number, value
+            yield number, parse_line(path, number, line)
+
+
+def parse_line(path, number, line):
+    """One line of a JSON-lines file -> dict. UserError: names it."""
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line {number}: not a JSON object")
+    return value
 
 
 # ---- reading and writing animations
@@ -112,6 +126,8 @@ def kept_durations(durations, kept):
 def square_image(image, size, resample=Image.Resampling.BICUBIC):
     """Centre an RGBA image on a transparent square and resize once, to (size, size)."""
     side = max(image.size)
+    if image.size == (size, size):
+        return image
     if image.size != (side, side):
         canvas = Image.new("RGBA", (side, side))
         canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -138,6 +154,17 @@ def webp_alpha(content):
     return content
 
 
+def webp_durations(content):
+    """Durations (ms) of an animated WebP's frames, from its chunks: those after the last kept frame need no decoding."""
+    durations, at = [], 12
+    while at + 23 <= len(content):
+        if content[at:at + 4] == b"ANMF":
+            durations.append(int.from_bytes(content[at + 20:at + 23], "little") or 100)
+        length = int.from_bytes(content[at + 4:at + 8], "little")
+        at += 8 + length + length % 2
+    return durations
+
+
 def load_frame(image, i, first):
     """Seek and load frame i, mending two things in Pillow's composition (seen in 13.0).
 
@@ -158,21 +185,30 @@ def load_frame(image, i, first):
         image.dispose = Image.new("RGBA", (right - left, bottom - top)).im
 
 
+def read_source(source, name):
+    """A path or bytes -> bytes."""
+    try:
+        return source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read as an image ({error.strerror})") from None
+
+
 def decode_frames(source, name, most=None, size=None, keep=()):
     """-> frames (n, H, W, 4), durations, kept. Decodes from the start but converts and resizes the kept frames alone."""
+    content = read_source(source, name)
     try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
         with Image.open(io.BytesIO(webp_alpha(content)), formats=[*set(FORMATS.values())]) as image:
             start = int(bool(getattr(image, "default_image", False)))   # an APNG's fallback picture is no frame
             n = getattr(image, "n_frames", 1) - start
             check_canvas(name, *image.size, n)
-            kept, frames, durations = thin(n, most or n, keep), [], []
-            for i in range(n):
+            kept, durations, known = thin(n, most or n, keep), [], webp_durations(content) if image.format == "WEBP" else []
+            frames = np.empty((len(kept), *((size, size) if size else image.size[::-1]), 4), np.uint8)
+            for i in range(kept[-1] + 1 if len(known) == n else n):
                 load_frame(image, start + i, start)
                 durations.append(image.info.get("duration") or 100)
                 if i in kept:
-                    frame = image.convert("RGBA")
-                    frames.append(np.asarray(square_image(frame, size) if size else frame))
+                    frame = image if image.mode == "RGBA" else image.convert("RGBA")
+                    frames[kept.index(i)] = square_image(frame, size) if size else frame
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -180,7 +216,7 @@ def decode_frames(source, name, most=None, size=None, keep=()):
     except Exception as error:                   # a broken file can make Pillow raise nearly anything
         error = getattr(error, "strerror", None) or error
         raise UserError(f"{name}: cannot be read as an image ({error})") from None
-    return np.stack(frames), kept_durations(durations, kept), kept
+    return frames, kept_durations(durations + known[len(durations):], kept), kept
 
 
 def read_animation(source, max_frames=None, size=None):
@@ -284,20 +320,56 @@ def to_rgba(x):
 # ---- key frames, concepts, splits
 
 def features(frames):
-    """(n, S, S, 4) -> (n, 1536): 16x16 RGB means over grey, and their difference to the next frame."""
-    small = square(frames, 16, Image.Resampling.BOX).astype(np.float32) / 255
+    """(n, S, S, 4) -> (n, 1536): 16x16 RGB means over grey, and their difference to the next frame.
+
+    Of more than 64 pixels a side every (S // 64)-th counts: clusters need no more, and all of 256 would cost a fifth of the decoding.
+    The frames are shrunk as one tall picture, whose boxes end where frames do; first across, or Pillow's rounding would depend on n."""
+    step = max(1, frames.shape[1] // 64)
+    sample = np.ascontiguousarray(frames.view(np.uint32)[:, ::step, ::step]).view(np.uint8)      # whole pixels are copied faster than channels
+    tall = Image.fromarray(sample.reshape(-1, *sample.shape[2:])).convert("RGBa").resize((16, len(sample) * sample.shape[1]), Image.Resampling.BOX)
+    small = np.asarray(tall.resize((16, 16 * len(sample)), Image.Resampling.BOX).convert("RGBA")).reshape(-1, 16, 16, 4).astype(np.float32) / 255
     rgb = (small[..., :3] - 0.5) * small[..., 3:]
     return np.concatenate([rgb, np.diff(rgb, axis=0, append=rgb[-1:])], -1).reshape(len(frames), -1)
 
 
-def key_frames(x, k):
-    """First frame of each of k clusters of the features x (n, F), in time order; exactly k even where clusters are empty."""
+def compare(x):
+    """(n, F) -> number of each distinct row (n,), squared distances (n, n) float64."""
     distinct = {}
     label = [distinct.setdefault(row.tobytes(), len(distinct)) for row in x]
-    if len(distinct) > k:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # an empty cluster is filled up below
-            label = kmeans2(x, k, minit="++", rng=0)[1]
+    x = x.astype(np.float64)
+    products = x @ x.T
+    own = products.diagonal()
+    return np.array(label), (own[:, None] + own - 2 * products).clip(0)
+
+
+def kmeans(apart, k, rounds=10):
+    """Cluster numbers (n,) from squared distances (n, n): k-means++, then Lloyd's rounds, as scipy's kmeans2 draws them with rng=0.
+
+    Centres are means of frames, so that all follows from distances between frames: a tenth of the time that kmeans2 takes."""
+    rng, n = np.random.default_rng(0), len(apart)
+    seeds = [int(rng.integers(n))]
+    while len(seeds) < k:
+        nearest = apart[seeds].min(0)
+        seeds.append(min(int(np.searchsorted((nearest / nearest.sum()).cumsum(), rng.uniform())), n - 1))
+    share, label = np.eye(n)[seeds], np.full(n, -1)                          # (k, n): each centre's weights of the frames
+    for _ in range(rounds):
+        to_frames = share @ apart
+        last, label = label, (to_frames - 0.5 * (to_frames * share).sum(1, keepdims=True)).argmin(0)
+        if np.array_equal(label, last):
+            break
+        member = label == np.arange(k)[:, None]
+        count = member.sum(1, keepdims=True)
+        share = np.where(count, member / count.clip(1), share)              # an empty cluster keeps its centre
+    return label
+
+
+def key_frames(x, k, compared=None):
+    """First frame of each of k clusters of the features x (n, F), in time order; exactly k even where clusters are empty.
+
+    compared: compare(x), where the caller has it."""
+    label, apart = compared or compare(x)
+    if label.max() >= k:
+        label = kmeans(apart, k)
     first = np.unique(label, return_index=True)[1].tolist()
     fill = [i for i in even_frames(len(x), k) + list(range(len(x))) if i not in first]
     return sorted(first + list(dict.fromkeys(fill))[:k - len(first)])
@@ -329,26 +401,28 @@ def split_of(concept):
 
 # ---- preparing a set
 
-def decode(job, size):
-    """Worker: job -> (index record without `first`, frames (n, size, size, 4), input bytes), or (reason, None, bytes)."""
-    source, keep = job.pop("source"), job.pop("keep", ())
+def decode(job, size, most):
+    """Job -> (index record without `first`, frames (n, size, size, 4), input bytes, what tells them from others), or dict(file, reason)."""
+    source, keep = job["source"], job.get("keep", ())
+    if not job["caption"].strip():
+        return dict(file=job["file"], reason="no caption")
     if isinstance(source, tuple):                # frames and durations, drawn here
-        frames, durations, kept = square(source[0], size), source[1], range(len(source[0]))
-        n_bytes = source[0].nbytes
+        kept, content = thin(len(source[0]), most), source[0]
+        frames, durations = square(content[kept], size), kept_durations(source[1], kept)
     else:
         try:
-            frames, durations, kept = decode_frames(source, job["file"], MOST_FRAMES, size, keep)
-            n_bytes = len(source) if isinstance(source, bytes) else os.path.getsize(source)
+            content = read_source(source, job["file"])
+            frames, durations, kept = decode_frames(content, job["file"], most, size, keep)
         except UserError as error:
-            return dict(file=job["file"], reason=str(error)), None, 0
-    if not job["caption"].strip():
-        return dict(file=job["file"], reason="no caption"), None, 0
-    record = dict(job, split=split_of(job["concept"]), n=len(frames), durations=durations)
+            return dict(file=job["file"], reason=str(error))
+    record = {name: job[name] for name in ("file", "caption", "keywords", "concept", "group")}
+    record.update(split=split_of(job["concept"]), n=len(frames), durations=durations)
     if keep:
         record["keyframe_idx"] = [i for i, frame in enumerate(kept) if frame in keep]
     x = features(frames)
-    record["keys"] = {str(k): key_frames(x, k) for k in range(3, min(MOST_KEYS, len(frames)) + 1)}
-    return record, frames, n_bytes
+    compared = compare(x)
+    record["keys"] = {str(k): key_frames(x, k, compared) for k in range(3, min(MOST_KEYS, len(frames)) + 1)}
+    return record, frames, memoryview(content).nbytes, hashlib.sha256(content).digest() + x.tobytes()
 
 
 def hash_files(*paths):
@@ -372,52 +446,230 @@ def already_prepared(out, wanted):
     return True
 
 
-def prepare(out, size, source, jobs, workers=2):
-    """Decode what `jobs()` yields (dicts: file, source, caption, keywords, concept, group) into the prepared set `out`.
+def prepare(out, size, source, jobs, workers=2, most=MOST_FRAMES, total=None, read=dict):
+    """Decode what `jobs()` yields, `total` of them if that is known, into the prepared set `out`.
 
-    Written beside it and renamed at the end, so a half-made set is never read. Memory is flat: frames are written as
-    they come, in the jobs' order at any number of workers.
+    `read` makes of each in the worker a dict: file, source (a path, bytes, or frames and durations), caption, keywords, concept, group.
+    Consecutive jobs make a block, written by one worker into files of its own, so that the set is the same at any number of workers
+    and a killed run goes on behind its finished blocks. They gather in `.NAME.part` beside `out`, which is renamed at the end.
     """
-    out, wanted = Path(out), dict(size=size, version=VERSION, source=source)
+    out, part = Path(out), part_of(out)
+    wanted = dict(size=size, version=VERSION, source=source, most_frames=most)
     if already_prepared(out, wanted):
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-        folder = Path(temporary) / "set"
-        folder.mkdir()
-        report, meta = write_set(folder, size, jobs(), workers)
-        meta = dict(wanted, **meta, hash=hash_files(folder / "index.jsonl", folder / "frames.bin"))
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1))
-        folder.rename(out)
-    print(f"{out}: {report}", flush=True)
+    length = block_length(size, most, total)
+    (part / "blocks").mkdir(parents=True, exist_ok=True)
+    with open(part / "blocks/lock", "w") as lock:
+        begin(part, out, dict(wanted, length=length), lock)
+        start, done = time.perf_counter(), finished_blocks(part, size)
+        before = sum(b["seen"] for b in done.values())
+        if done:
+            print(f"{out}: going on behind {before} stickers of an interrupted run", flush=True)
+        pool = ProcessPoolExecutor(workers, get_context("fork"), follow_parent, (lock.fileno(),))
+        work = functools.partial(write_block, part, read, size, most)
+        try:
+            with pool, tqdm(desc="stickers", total=total, initial=before, **progress()) as bar:
+                fresh = write_blocks(part, in_order(pool, work, cut(jobs(), length, done), 2 * workers), done, bar)
+        except BrokenProcessPool:
+            raise UserError(f"{out}: a worker was killed (out of memory?); the same command goes on from here") from None
+        except KeyboardInterrupt:
+            raise UserError(f"{out}: interrupted; the same command goes on from here, {part} keeps what is done") from None
+        refuse_skipped(part, done)
+        meta, lines = join_blocks(part, [done[number] for number in sorted(done)])
+        (part / "meta.json.tmp").write_text(json.dumps(dict(wanted, **meta), indent=1))
+        settle(part / "meta.json.tmp", part / "meta.json")
+        if out.exists():
+            out.rmdir()                          # it is empty
+        part.rename(out)
+        shutil.rmtree(out / "blocks")
+    seconds = time.perf_counter() - start
+    stickers, n_bytes = (sum(b[key] for b in fresh) for key in ("stickers", "bytes"))
+    print(f"{out}: {lines[0]} in {seconds:.0f} s: {stickers / seconds:.1f} stickers/s, {n_bytes / seconds / 1e6:.1f} MB/s; {lines[1]}", flush=True)
 
 
-def write_set(folder, size, jobs, workers):
-    first, n_bytes, start, counts, concepts, skipped = 0, 0, time.perf_counter(), Counter(), defaultdict(set), []
-    with Pool(workers) as pool, open(folder / "frames.bin", "wb") as frames_file, \
-            open(folder / "index.jsonl", "w") as index, open(folder / "skipped.jsonl", "w") as left_out:
-        results = pool.imap(functools.partial(decode, size=size), jobs, chunksize=4)
-        for record, frames, size_in in tqdm(results, "stickers", disable=None):
-            n_bytes += size_in
-            if frames is None:
-                skipped.append(record)
-                left_out.write(json.dumps(record) + "\n")
+def part_of(out):
+    """Where a set gathers until it is whole."""
+    return Path(out).with_name(f".{Path(out).name}.part")
+
+
+def block_length(size, most, total):
+    """Stickers in a block: few enough that workers finish together and that its frames fit a file, enough that files stay few."""
+    fit = SHARD_BYTES // (4 * size * size * most)
+    if not fit:
+        raise UserError(f"--size {size}: {most} frames of {size}x{size} pixels are more than the {SHARD_BYTES / 1e9:g} GB of a file; give a smaller one, or --most-frames")
+    if total is None:
+        return min(fit, BLOCK)
+    return min(fit, max(16, min(BLOCK, -(-total // FEWEST_BLOCKS)), -(-total // MOST_BLOCKS)))
+
+
+def begin(part, out, wanted, lock):
+    """Take the part folder for this process; what an interrupted run of something else left in it is not touched."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{part}: another process is preparing {out}; wait for it or give another --out") from None
+    job = part / "blocks/job.json"
+    if job.is_file():
+        found = json.loads(job.read_text())
+        if found != wanted:
+            changed = ", ".join(f"{k} {found.get(k)} there, {wanted[k]} here" for k in wanted if found.get(k) != wanted[k])
+            raise UserError(f"{part} holds an interrupted run of something else ({changed}); remove it, or give another --out")
+    else:
+        temporary = part / "blocks/job.json.tmp"
+        temporary.write_text(json.dumps(wanted))
+        settle(temporary, job)
+    for path in part.rglob("*.tmp"):             # half-written
+        path.unlink(missing_ok=True)
+
+
+def settle(temporary, path):
+    """Rename a written file to `path` when all of it is on the disk."""
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+        if path.suffix == ".bin":                # read hours later: it must not push other things out of memory
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    os.rename(temporary, path)
+
+
+def finished_blocks(part, size):
+    """{number: summary} of the blocks that an interrupted run finished. A block's lines come last, when its frames are on the disk."""
+    done = {}
+    for path in (part / "blocks").glob("block-*.jsonl"):
+        with open(path) as lines:
+            summary = json.loads(next(lines))
+        frames = shard(part, "frames", summary["number"])
+        if frames.is_file() and frames.stat().st_size == 4 * size * size * summary["frames"]:
+            done[summary["number"]] = summary
+    return done
+
+
+def cut(jobs, length, done):
+    """Yield (number, jobs) of each block that is not done; the jobs of the others are drawn and dropped unread."""
+    jobs = iter(jobs)
+    for number in itertools.count():
+        if number in done:
+            next(itertools.islice(jobs, length, length), None)
+        elif block := list(itertools.islice(jobs, length)):
+            yield number, block
+        else:
+            return
+
+
+def in_order(pool, work, items, ahead):
+    """work(*item) by the pool, results in the items' order; `ahead` at most are under way, so few are in memory."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(work, *item))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def follow_parent(lock):
+    """Worker: leave the lock and Ctrl-C to the main process, and end with it however it ends."""
+    os.close(lock)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (connection.wait([parent_process().sentinel]), os._exit(1)), daemon=True).start()
+
+
+def progress():
+    """Options of a tqdm bar: a line a minute where stderr is no terminal."""
+    return {} if sys.stderr.isatty() else dict(mininterval=60, delay=60)
+
+
+def write_block(part, read, size, most, number, jobs):
+    """Worker: write the frames of a block -> (summary, temporary file of frames, lines of the index and of what was skipped)."""
+    temporary, digest = part / f"{shard(part, 'frames', number).name}.{os.getpid()}.tmp", hashlib.sha256()
+    lines, skipped, counts, first, n_bytes = [], [], Counter(), 0, 0
+    with open(temporary, "wb") as file:
+        for job in jobs:
+            decoded = decode(read(job), size, most)
+            if isinstance(decoded, dict):
+                skipped.append(decoded)
                 continue
-            index.write(json.dumps(dict(record, first=first), ensure_ascii=True) + "\n")
-            frames.tofile(frames_file)
-            first += len(frames)
-            counts[record["split"], "animated" if len(frames) > 1 else "still"] += 1
-            concepts[record["split"]].add(record["concept"])
-    stickers, seconds = sum(counts.values()), time.perf_counter() - start
-    if len(skipped) > 0.05 * (stickers + len(skipped)) or not stickers:
-        raise UserError(f"{len(skipped)} of {stickers + len(skipped)} stickers cannot be used (at most 5 % may be skipped): "
-                        + "; ".join(s["reason"] if s["file"] in s["reason"] else f"{s['file']}: {s['reason']}" for s in skipped[:3]))
-    lines = [f"{stickers} stickers, {first} frames in {seconds:.0f} s: {stickers / seconds:.1f} stickers/s, "
-             f"{n_bytes / seconds / 1e6:.1f} MB/s; {len(skipped)} skipped"]
-    lines += [f"  {split:5} {counts[split, 'animated'] + counts[split, 'still']:5} stickers "
-              f"({counts[split, 'animated']} animated, {counts[split, 'still']} stills), {len(concepts[split])} concepts"
-              for split in ("train", "val", "test")]
-    return "\n".join(lines), dict(frames=first, stickers=stickers)
+            record, frames, size_in, identity = decoded
+            file.write(frames)
+            lines.append(json.dumps(dict(record, first=first)))
+            digest.update(identity)              # the input and its features: all pixels would cost a tenth of the decoding
+            digest.update(lines[-1].encode())
+            counts[f"{record['split']} {'animated' if len(frames) > 1 else 'still'}"] += 1
+            first, n_bytes = first + len(frames), n_bytes + size_in
+    reasons = [s["reason"] if s["file"] in s["reason"] else f"{s['file']}: {s['reason']}" for s in skipped[:3]]
+    summary = dict(number=number, seen=len(jobs), stickers=len(lines), skipped=len(skipped), frames=first, bytes=n_bytes, counts=counts,
+                   reasons=reasons, sha256=digest.hexdigest())
+    return summary, temporary, [*lines, *map(json.dumps, skipped)]
+
+
+def write_blocks(part, results, done, bar):
+    """Settle the blocks as they come and add their summaries to `done` -> list of them. Stops early where too much is skipped."""
+    fresh = []
+    for summary, temporary, lines in results:
+        settle(temporary, shard(part, "frames", summary["number"]))
+        path = part / f"blocks/block-{summary['number']:05}.jsonl"
+        path.with_suffix(".tmp").write_text("\n".join([json.dumps(summary), *lines]) + "\n")
+        settle(path.with_suffix(".tmp"), path)
+        done[summary["number"]] = summary
+        fresh.append(summary)
+        bar.update(summary["seen"])
+        if len(fresh) == 8 and bar.total:
+            say_size(part, fresh, bar)
+        if sum(b["seen"] for b in done.values()) >= 1000 and too_many_skipped(done):
+            break
+    return fresh
+
+
+def say_size(part, blocks, bar):
+    """Print how large the frames will be, from the blocks made so far, and warn of a disk that is too small for those to come."""
+    frame_bytes = sum(shard(part, "frames", b["number"]).stat().st_size for b in blocks) / sum(b["seen"] for b in blocks)
+    free, more = shutil.disk_usage(part).free, frame_bytes * (bar.total - bar.n)
+    say = tqdm.write if sys.stderr.isatty() else print                       # tqdm.write moves the bar out of the way
+    say(f"frames will be about {frame_bytes * bar.total / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
+    if more > free:
+        say(f"warning: about {more / 1e9:.1f} GB are to come, more than is free; make room, or give a smaller --size or --most-frames")
+
+
+def too_many_skipped(done):
+    return sum(b["skipped"] for b in done.values()) > 0.05 * sum(b["seen"] for b in done.values())
+
+
+def refuse_skipped(part, done):
+    """UserError where more than 5 % were skipped, or nothing is left. Blocks with that many are forgotten, to be tried anew the next time."""
+    seen, skipped = (sum(b[key] for b in done.values()) for key in ("seen", "skipped"))
+    if seen > skipped and not too_many_skipped(done):
+        return
+    reasons = [reason for number in sorted(done) for reason in done[number]["reasons"]][:3]
+    bad = {number for number, b in done.items() if b["skipped"] > 0.05 * b["seen"]}
+    for number in bad:
+        (part / f"blocks/block-{number:05}.jsonl").unlink()
+        shard(part, "frames", number).unlink()
+    if len(bad) == len(done):
+        shutil.rmtree(part)
+    raise UserError(f"{skipped} of {seen} stickers cannot be used (at most 5 % may be skipped): " + "; ".join(reasons))
+
+
+def join_blocks(part, blocks):
+    """Write index.jsonl and skipped.jsonl from the blocks' lines -> (what goes into meta.json, lines to print)."""
+    counts, concepts, digest, first = Counter(), defaultdict(set), hashlib.sha256(), 0
+    with open(part / "index.jsonl.tmp", "w") as index, open(part / "skipped.jsonl.tmp", "w") as skipped:
+        for block in blocks:
+            with open(part / f"blocks/block-{block['number']:05}.jsonl") as lines:
+                next(lines)
+                for line in itertools.islice(lines, block["stickers"]):
+                    record = json.loads(line)
+                    concepts[record["split"]].add(record["concept"])
+                    index.write(json.dumps(dict(record, first=first + record["first"])) + "\n")
+                skipped.writelines(lines)
+            first += block["frames"]
+            counts.update(block["counts"])
+            digest.update(block["sha256"].encode())
+    for name in ("index.jsonl", "skipped.jsonl"):
+        settle(part / f"{name}.tmp", part / name)
+    stickers = sum(counts.values())
+    said = [f"  {split:5} {counts[f'{split} animated'] + counts[f'{split} still']:5} stickers ({counts[f'{split} animated']} animated, "
+            f"{counts[f'{split} still']} stills), {len(concepts[split])} concepts" for split in ("train", "val", "test")]
+    return (dict(frames=first, stickers=stickers, hash=digest.hexdigest(), shards=[b["frames"] for b in blocks]),
+            (f"{stickers} stickers, {first} frames", "\n".join([f"{sum(b['skipped'] for b in blocks)} skipped", *said])))
 
 
 def fetch(name, version, sha256, folder):
@@ -479,14 +731,36 @@ def plain_labels(caption):
     return dict(caption=caption, keywords=[], concept=caption.lower(), group="")
 
 
-def vsd2m_jobs(manifest, root):
-    for number, line in read_jsonl(manifest):
-        path, keep = line.get("visual_path"), line.get("keyframe_idx") or []
-        if not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts:
-            raise UserError(f"{manifest}, line {number}: visual_path must be a path below --root")
-        if not isinstance(keep, list) or not all(isinstance(i, int) for i in keep):
-            raise UserError(f"{manifest}, line {number}: keyframe_idx must be a list of whole numbers")
-        yield plain_job(path, Path(root) / path, str(line.get("eng_cap") or ""), keep)
+def vsd2m_lines(manifest, limit=None):
+    """Yield (line number, line), unread: a resumed run skips millions of them in a moment."""
+    with open(manifest, "rb") as lines:
+        yield from itertools.islice(enumerate(lines, 1), limit)
+
+
+def vsd2m_job(manifest, root, numbered):
+    """One line of the manifest -> job. UserError: names the line."""
+    number, line = numbered
+    line = parse_line(manifest, number, line)
+    path, keep = line.get("visual_path"), line.get("keyframe_idx") or []
+    if not isinstance(path, str) or path.startswith("/") or ".." in path.split("/"):
+        raise UserError(f"{manifest}, line {number}: visual_path must be a path below --root")
+    if not isinstance(keep, list) or not all(isinstance(i, int) for i in keep):
+        raise UserError(f"{manifest}, line {number}: keyframe_idx must be a list of whole numbers")
+    return plain_job(path, os.path.join(root, path), str(line.get("eng_cap") or ""), keep)
+
+
+def survey(manifest, root, limit, check):
+    """-> (SHA-256 of the manifest, number of lines in use). check: refuse a bad line before anything slow."""
+    if not Path(manifest).is_file():
+        raise UserError(f"{manifest}: no such file")
+    if not Path(root).is_dir():
+        raise UserError(f"--root {root}: no such folder")
+    digest, number = hashlib.sha256(), 0
+    for number, line in vsd2m_lines(manifest):
+        digest.update(line)
+        if check and number <= (limit or number):
+            vsd2m_job(manifest, root, (number, line))
+    return digest.hexdigest(), min(number, limit or number)
 
 
 def plain_job(file, path, caption, keep=()):
@@ -527,16 +801,21 @@ def draw_shape(shape, colour, motion, u, side=128):
     return np.asarray(image)
 
 
-def synthetic_jobs(count, seed=0):
+def synthetic_plans(count, seed=0):
+    """Yield (number, shape, colour, motion, frames), which synthetic_job draws in the worker."""
     rng = np.random.default_rng(seed)
     kinds = list(itertools.product(SHAPES, COLOURS, MOTIONS))
     for i, kind in enumerate(rng.permutation(len(kinds))[np.arange(count) % len(kinds)]):
         shape, colour, motion = kinds[kind]
-        n, motion = (1, None) if i % 4 == 3 else (int(rng.integers(3, MOST_FRAMES + 1)), motion)
-        frames = np.stack([draw_shape(shape, colour, motion, j / n) for j in range(n)])
-        caption = f"a {colour} {shape}" + (f" that {motion}" if motion else "")
-        yield dict(file=f"synthetic-{i:05}", source=(frames, [80 if n > 1 else 100] * n), caption=caption,
-                   keywords=[shape, colour], concept=caption, group=shape)
+        yield (i, shape, colour, None, 1) if i % 4 == 3 else (i, shape, colour, motion, int(rng.integers(3, MOST_FRAMES + 1)))
+
+
+def synthetic_job(plan):
+    i, shape, colour, motion, n = plan
+    frames = np.stack([draw_shape(shape, colour, motion, j / n) for j in range(n)])
+    caption = f"a {colour} {shape}" + (f" that {motion}" if motion else "")
+    return dict(file=f"synthetic-{i:05}", source=(frames, [80 if n > 1 else 100] * n), caption=caption,
+                keywords=[shape, colour], concept=caption, group=shape)
 
 
 # ---- masks and draws: every one a function of its arguments and the generator alone
@@ -652,14 +931,61 @@ def tokenize(texts):
 
 # ---- prepared sets, latent caches, training clips
 
-class Mapped(np.memmap):
-    """A read-only file map that pickles as the file's name: loader workers map it too instead of getting a copy."""
-    def __new__(cls, path, dtype, shape):
-        return super().__new__(cls, path, dtype, "r", shape=tuple(shape))
+def shard(folder, name, number):
+    return Path(folder) / f"{name}-{number:05}.bin"
+
+
+class Mapped:
+    """Read-only rows (sum of lengths, *shape) of the files NAME-00000.bin, NAME-00001.bin, ... of a folder; lengths: rows in each.
+
+    Files are mapped when first touched and few at a time. It pickles as their names: loader workers map them too instead of getting
+    a copy. A row number, a slice or a list of numbers gives an array; of one file a slice is a view.
+    """
+    def __init__(self, folder, name, lengths, dtype, shape):
+        self.made_of = folder, name, np.asarray(lengths, np.int64), np.dtype(dtype), tuple(shape)
+        self.starts = np.cumsum([0, *self.made_of[2]])
+        self.dtype, self.shape = self.made_of[3], (int(self.starts[-1]), *shape)
+        self.map = functools.lru_cache(256)(self.map)                        # a map holds a file open
 
     def __reduce__(self):
-        whole = self.filename and os.path.getsize(self.filename) == self.nbytes
-        return (Mapped, (self.filename, self.dtype, self.shape)) if whole else (np.array, (np.array(self),))
+        return Mapped, self.made_of
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[:], dtype)
+
+    def map(self, number):
+        folder, name, lengths, dtype, shape = self.made_of
+        return np.memmap(shard(folder, name, number), dtype, "r", shape=(int(lengths[number]), *shape))
+
+    def check(self, advice):
+        """UserError with the advice where a file is missing or of the wrong length."""
+        folder, name, lengths, dtype, shape = self.made_of
+        for number, size in enumerate((lengths * np.prod(shape, dtype=np.int64) * dtype.itemsize).tolist()):
+            path = shard(folder, name, number)
+            if not path.is_file() or path.stat().st_size != size:
+                raise UserError(f"{path}: missing or of the wrong length; {advice}")
+        return self
+
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            number = int(self.starts.searchsorted(start, "right")) - 1
+            if step > 0 and start < stop <= self.starts[number + 1]:
+                return self.map(number)[start - self.starts[number]:stop - self.starts[number]:step]
+            key = np.arange(start, stop, step)
+        rows = np.asarray(key, np.int64)
+        if rows.size and not -len(self) <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()}..{rows.max()} of {len(self)}")
+        rows = rows % max(len(self), 1)
+        numbers = self.starts.searchsorted(rows, "right") - 1
+        out = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
+        for number in np.unique(numbers):
+            here = numbers == number
+            out[here] = self.map(int(number))[rows[here] - self.starts[number]]
+        return out
 
 
 class StickerSet:
@@ -671,11 +997,8 @@ class StickerSet:
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
         self.size = self.meta["size"]
-        shape = (self.meta["frames"], self.size, self.size, 4)
-        path = self.folder / "frames.bin"
-        if not path.is_file() or path.stat().st_size != np.prod(shape):
-            raise UserError(f"{path}: missing or of the wrong length; remove {self.folder} and prepare it again")
-        self.frames = Mapped(path, np.uint8, shape)
+        self.frames = Mapped(self.folder, "frames", self.meta["shards"], np.uint8, (self.size, self.size, 4))
+        self.frames.check(f"remove {self.folder} and prepare it again")
         self.records = [record for _, record in read_jsonl(self.folder / "index.jsonl")]
         if len(self.records) != self.meta["stickers"]:
             raise UserError(f"{self.folder / 'index.jsonl'}: {len(self.records)} lines, {self.meta['stickers']} expected; prepare it again")
@@ -690,7 +1013,7 @@ class StickerSet:
 
     def clip(self, record, idx):
         """(len(idx), S, S, 4) uint8 straight RGBA."""
-        return np.array(self.frames[record["first"] + np.asarray(idx, int)])
+        return self.frames[record["first"] + np.asarray(idx, int)]
 
 
 def read_meta(folder):
@@ -699,9 +1022,14 @@ def read_meta(folder):
         raise UserError(f"{path}: no prepared set here; make one with `python data.py fluent`")
     try:
         meta = json.loads(path.read_text())
-        return dict(meta, size=int(meta["size"]), frames=int(meta["frames"]), stickers=int(meta["stickers"]), hash=meta["hash"])
+        meta = dict(meta, size=int(meta["size"]), frames=int(meta["frames"]), stickers=int(meta["stickers"]), hash=meta["hash"])
+        if meta.get("version") == VERSION and meta["frames"] != sum(meta["shards"]):
+            raise ValueError("frames and shards do not go together")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: corrupt ({error!r}); remove {folder} and prepare it again") from None
+    if meta.get("version") != VERSION:
+        raise UserError(f"{path}: prepared by another version of data.py ({meta.get('version')}, this one writes {VERSION}); remove {folder} and prepare it again")
+    return meta
 
 
 def latents_folder(folder, vae_hash):
@@ -722,26 +1050,52 @@ def latents_ready(folder, vae_hash):
 
 
 def write_latents(folder, vae_hash, n, shape, batches):
-    """Write the cache of n frames: batches yields (mean, logvar), float arrays or tensors (b, *shape), in frame order."""
-    out, done = latents_folder(folder, vae_hash), 0
-    meta = dict(vae=vae_hash, set=read_meta(folder)["hash"], n=n, shape=list(shape))
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        new = Path(temporary) / "latents"
-        new.mkdir()
-        with open(new / "mean.bin", "wb") as mean_file, open(new / "logvar.bin", "wb") as logvar_file:
-            for mean, logvar in batches:
-                for file, x in ((mean_file, mean), (logvar_file, logvar)):
-                    x = np.asarray(x.detach().float().cpu() if torch.is_tensor(x) else x)
-                    file.write(np.clip(x, -65504, 65504).astype(np.float16).tobytes())      # float16's range
-                done += len(mean)
-            for file in (mean_file, logvar_file):
-                file.flush()
-                os.fsync(file.fileno())
-        if done != n or (new / "mean.bin").stat().st_size != 2 * n * np.prod(shape):
-            raise UserError(f"{out}: {done} latent frames came, {n} of shape {tuple(shape)} were expected")
-        (new / "meta.json").write_text(json.dumps(meta))
+    """Write the cache of n frames. batches(i) yields (mean, logvar) of the frames from i on, float arrays or tensors (b, *shape), in order.
+
+    Files of LATENT_ROWS frames gather in a .part folder; a killed run goes on behind the last whole pair of them, a second process waits.
+    """
+    out = latents_folder(folder, vae_hash)
+    part, length = Path(folder) / f".{out.name}.part", max(1, min(LATENT_ROWS, SHARD_BYTES // (2 * int(np.prod(shape)))))
+    meta = dict(vae=vae_hash, set=read_meta(folder)["hash"], n=n, shape=list(shape), lengths=[min(length, n - i) for i in range(0, n, length)])
+    with open(Path(folder) / f".{out.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if latents_ready(folder, vae_hash):      # the other process made it meanwhile
+            return
+        if not (part / "meta.json").is_file() or json.loads((part / "meta.json").read_text()) != meta:
+            shutil.rmtree(part, ignore_errors=True)                          # of another set
+            part.mkdir()
+            (part / "meta.json.tmp").write_text(json.dumps(meta))
+            settle(part / "meta.json.tmp", part / "meta.json")
+        done = sum(1 for i in range(len(meta["lengths"])) if shard(part, "logvar", i).is_file())
+        for name in ("mean", "logvar"):
+            (part / f"{name}.tmp").unlink(missing_ok=True)                   # half-written
+        came = done * length + write_latent_shards(part, done, shape, meta["lengths"], batches(done * length))
+        if came != n:
+            shutil.rmtree(part)
+            raise UserError(f"{out}: {came} latent frames came, {n} of shape {tuple(shape)} were expected")
         shutil.rmtree(out, ignore_errors=True)   # a cache of another set
-        new.rename(out)
+        part.rename(out)
+
+
+def write_latent_shards(part, done, shape, lengths, batches):
+    """Write the batches into the files from number `done` on -> how many frames of this shape came."""
+    came, number, filled = 0, done, 0
+    for batch in batches:
+        pair = [np.asarray(x.detach().float().cpu() if torch.is_tensor(x) else x) for x in batch]
+        if any(x.shape[1:] != tuple(shape) for x in pair):
+            return came
+        came += len(pair[0])
+        while number < len(lengths) and len(pair[0]):
+            here = lengths[number] - filled
+            for name, x in zip(("mean", "logvar"), pair):
+                with open(part / f"{name}.tmp", "ab") as file:
+                    file.write(np.clip(x[:here], -65504, 65504).astype(np.float16).tobytes())      # float16's range
+            filled, pair = filled + len(pair[0][:here]), [x[here:] for x in pair]
+            if filled == lengths[number]:
+                for name in ("mean", "logvar"):                              # logvar last: it says that both are there
+                    settle(part / f"{name}.tmp", shard(part, name, number))
+                number, filled = number + 1, 0
+    return came
 
 
 def open_latents(folder, vae_hash):
@@ -749,11 +1103,8 @@ def open_latents(folder, vae_hash):
     out, meta = latents_folder(folder, vae_hash), latents_meta(folder, vae_hash)
     if not latents_ready(folder, vae_hash):
         raise UserError(f"{out}: missing, or made from another set or by another VAE; remove it and let train.py write it again")
-    shape = (meta["n"], *meta["shape"])
-    for path in (out / "mean.bin", out / "logvar.bin"):
-        if not path.is_file() or path.stat().st_size != 2 * np.prod(shape):
-            raise UserError(f"{path}: missing or of the wrong length; remove {out} and let train.py write it again")
-    return tuple(Mapped(out / f"{name}.bin", np.float16, shape) for name in ("mean", "logvar"))
+    maps = tuple(Mapped(out, name, meta["lengths"], np.float16, meta["shape"]) for name in ("mean", "logvar"))
+    return tuple(x.check(f"remove {out} and let train.py write it again") for x in maps)
 
 
 @functools.lru_cache(8)
@@ -852,17 +1203,83 @@ def bench(folder, latents=None):
             cache, note = open_latents(stickers.folder, meta["vae"]), caches[0].name
         else:
             block = np.random.default_rng(0).standard_normal((1000, 4, stickers.size // 4, stickers.size // 4)).astype(np.float16)
-            path, n = Path(temporary) / "random.bin", stickers.meta["frames"]
-            with open(path, "wb") as file:
+            n = stickers.meta["frames"]
+            with open(shard(temporary, "random", 0), "wb") as file:
                 for i in range(0, n, 1000):
                     block[:n - i].tofile(file)
-            cache, note = (Mapped(path, np.float16, (n, *block.shape[1:])),) * 2, "no cache in the set: a temporary one of random numbers"
+            cache, note = (Mapped(temporary, "random", [n], np.float16, block.shape[1:]),) * 2, "no cache in the set: a temporary one of random numbers"
         clips_of = ClipDataset(stickers, cache, 0, 1)
         decoding = rate(lambda i: read_animation(sources[i % len(sources)], 8, stickers.size))
         frames = rate(lambda i: to_tensor(stickers.clip(r := stickers.records[order[i % len(order)]], even_frames(r["n"], 8))))
         latent = rate(lambda i: clips_of[i, 0, 8])
     print(f"decoding WebP on the fly  {decoding:8.1f} clips/s\nframes.bin                {frames:8.1f} clips/s\n"
           f"latent cache              {latent:8.1f} clips/s  ({note})\nlatent cache / decoding   {latent / decoding:8.1f}")
+
+
+def decode_only(path, most=MOST_FRAMES):
+    """Pillow's part of preparing a file and nothing else -> frames decoded."""
+    with Image.open(io.BytesIO(Path(path).read_bytes())) as image:
+        last = thin(getattr(image, "n_frames", 1), most)[-1]
+        for i in range(last + 1):
+            image.seek(i)
+            image.load()
+    return last + 1
+
+
+def write_manifest(path, files, lines):
+    """A manifest of so many lines in the format of VSD2M; files take turns, every caption is another."""
+    with open(path, "w") as manifest:
+        for i in range(lines):
+            manifest.write(json.dumps(dict(md5=f"{i:032x}", fmt="webp", visual_path=files[i % len(files)], nframes=1, keyframe_idx=[],
+                                           eng_cap=f"a small picture of the thing that has the number {i}", llava_wx_chn_cap="")) + "\n")
+
+
+def bench_ingest(packages, count=384, rounds=2, lines=(10_000, 100_000)):
+    """Print what preparing costs beside Pillow's decoding, what a second worker gains, and the peak memory of long manifests."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root, manifest = Path(temporary), Path(temporary) / "manifest.jsonl"
+        for stem, content in itertools.islice(tar_stickers(fetch(*FLUENT[3], packages)), count):
+            (root / f"{stem}.webp").write_bytes(content)
+        files = sorted(p.name for p in root.glob("*.webp"))
+        write_manifest(manifest, files, len(files))
+        frames = sum(decode_only(root / name) for name in files)
+        print(f"{len(files)} stickers, {frames} frames to decode")
+        for size in (256, 64):
+            seconds = defaultdict(list)
+            for _ in range(rounds):              # in turn, so that a busy machine is busy for all
+                seconds["decoding"].append(seconds_of(lambda: [decode_only(root / name) for name in files]))
+                for workers in (1, 2):
+                    seconds[workers].append(seconds_of(lambda: ingest(manifest, root, size, workers)))
+                    shutil.rmtree(root / "set")
+            decoding, one, two = (min(seconds[key]) for key in ("decoding", 1, 2))
+            print(f"{size} px: decoding alone {len(files) / decoding:.1f} stickers/s, {frames / decoding:.0f} frames/s; "
+                  f"1 worker {len(files) / one:.1f} stickers/s, {100 * (one / decoding - 1):+.1f} % time; "
+                  f"2 workers {len(files) / two:.1f} stickers/s, {one / two:.2f} times 1 worker", flush=True)
+        small = root / "small"
+        small.mkdir()
+        for i in range(100):
+            images = [Image.effect_noise((64, 64), 9.0 + i + j) for j in range(3 if i % 5 == 0 else 1)]
+            images[0].save(small / f"{i}.webp", save_all=True, append_images=images[1:])
+        for n in lines:
+            write_manifest(manifest, [f"small/{i}.webp" for i in range(100)], n)
+            code = "import data, resource as r, sys; data.main(sys.argv[1:]); print(*(r.getrusage(w).ru_maxrss // 1024 for w in (r.RUSAGE_SELF, r.RUSAGE_CHILDREN)))"
+            began = time.perf_counter()
+            done = subprocess.run([sys.executable, "-c", code, "vsd2m", str(manifest), "--root", str(root), "--out", str(root / "set"), "--size", "32"],
+                                  cwd=Path(__file__).parent, check=True, capture_output=True, text=True)
+            main_mb, worker_mb = done.stdout.split()[-2:]
+            print(f"{n} lines in {time.perf_counter() - began:.0f} s: at most {main_mb} MB in the main process, {worker_mb} MB in a worker", flush=True)
+            shutil.rmtree(root / "set")
+
+
+def seconds_of(work):
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def ingest(manifest, root, size, workers):
+    with contextlib.redirect_stdout(io.StringIO()):
+        main(["vsd2m", str(manifest), "--root", str(root), "--out", str(Path(root) / "set"), "--size", str(size), "--workers", str(workers)])
 
 
 def main(argv=None):
@@ -872,34 +1289,38 @@ def main(argv=None):
     add["fluent"].add_argument("--parts", type=int, nargs="+", choices=FLUENT, default=list(FLUENT), help="which packages")
     add["vsd2m"].add_argument("manifest")
     add["vsd2m"].add_argument("--root", required=True, help="folder that visual_path is relative to")
+    add["vsd2m"].add_argument("--limit", type=int, help="use the first lines alone")
     add["folder"].add_argument("folder")
     add["synthetic"].add_argument("--n", type=int, default=64, help="stickers to draw")
     add["bench"].add_argument("--data", default="data/fluent")
+    add["bench"].add_argument("--ingest", action="store_true", help="of preparing, not of training: needs the third package, --data names its neighbour")
     add["bench"].add_argument("--latents", help="a latents-* folder in it; default: the first")
     for name in ("fluent", "vsd2m", "folder", "synthetic"):
         add[name].add_argument("--out", default=f"data/{name}", help="prepared set to write")
         add[name].add_argument("--size", type=int, default=64, help="pixels a side")
         add[name].add_argument("--workers", type=int, default=2, help="decoding processes")
+        add[name].add_argument("--most-frames", type=int, default=MOST_FRAMES, help="kept of a long clip")
     o = parser.parse_args(argv)
     if o.command == "bench":
-        return bench(o.data, o.latents)
-    for option in ("size", "workers", "n"):
-        if getattr(o, option, 1) < 1:
-            raise UserError(f"--{option} must be at least 1")
+        return bench_ingest(Path(o.data).parent / "npm") if o.ingest else bench(o.data, o.latents)
+    for option in ("size", "workers", "n", "limit", "most_frames"):
+        if (getattr(o, option, None) or 1) < 1 or getattr(o, option, None) == 0:
+            raise UserError(f"--{option.replace('_', '-')} must be at least 1")
+    total, read = None, dict
     if o.command == "fluent":
         parts = sorted(set(o.parts))
         source, jobs = " ".join(map(str, ["fluent", *parts])), lambda: fluent_jobs(parts, Path(o.out).parent / "npm")
     elif o.command == "vsd2m":
-        if not Path(o.manifest).is_file():
-            raise UserError(f"{o.manifest}: no such file")
-        source, jobs = f"vsd2m {o.manifest} {hash_files(o.manifest)[:12]}", lambda: vsd2m_jobs(o.manifest, o.root)
+        digest, total = survey(o.manifest, o.root, o.limit, check=not (part_of(o.out) / "blocks/job.json").is_file())
+        source = f"vsd2m {o.manifest} {digest[:12]}" + (f", first {o.limit} lines" if o.limit else "")
+        jobs, read = lambda: vsd2m_lines(o.manifest, o.limit), functools.partial(vsd2m_job, o.manifest, o.root)
     elif o.command == "folder":
         listed = list(folder_jobs(Path(o.folder)))
         state = json.dumps([[j["file"], j["caption"], os.path.exists(j["source"]) and os.path.getmtime(j["source"])] for j in listed])
-        source, jobs = f"folder {o.folder} {hashlib.sha256(state.encode()).hexdigest()[:12]}", lambda: listed
+        source, jobs, total = f"folder {o.folder} {hashlib.sha256(state.encode()).hexdigest()[:12]}", lambda: listed, len(listed)
     else:
-        source, jobs = f"synthetic {o.n}", lambda: synthetic_jobs(o.n)
-    prepare(o.out, o.size, source, jobs, o.workers)
+        source, jobs, total, read = f"synthetic {o.n}", lambda: synthetic_plans(o.n), o.n, synthetic_job
+    prepare(o.out, o.size, source, jobs, o.workers, o.most_frames, total, read)
 
 
 if __name__ == "__main__":

@@ -305,9 +305,9 @@ def cache_latents(vae, vae_hash, data, world=1, batch=64):
     torch.set_num_threads(min(threads * world, os.cpu_count()))  # the other ranks wait meanwhile
     stickers = StickerSet(data)
     n, side = len(stickers.frames), stickers.size // vae.config.factor
-    chunks = (stickers.frames[i:i + batch] for i in range(0, n, batch))
-    bar = tqdm(chunks, "encoding latents", total=math.ceil(n / batch), mininterval=2)
-    write_latents(data, vae_hash, n, (vae.config.latent_channels, side, side), (vae.moments(vae.images(to_tensor(np.array(c)))) for c in bar))
+    bar = lambda start: tqdm(range(start, n, batch), "encoding latents", total=math.ceil(n / batch), initial=start // batch, mininterval=2)
+    moments = lambda start: (vae.moments(vae.images(to_tensor(stickers.frames[i:i + batch]))) for i in bar(start))
+    write_latents(data, vae_hash, n, (vae.config.latent_channels, side, side), moments)
     torch.set_num_threads(threads)
 
 

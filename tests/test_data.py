@@ -1,12 +1,18 @@
 """data.py: animations made byte by byte, prepared sets, masks, and the one rule: a draw is a function of (seed, step, n)."""
 import errno
+import fcntl
 import hashlib
 import io
 import json
 import pickle
+import shutil
 import struct
+import subprocess
+import sys
 import tarfile
+import time
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -357,7 +363,7 @@ def test_fluent(packages, capsys):
     assert {p.name for p in packages.iterdir()} == {"npm", "set", "x.webp"} and not (packages.parent / "outside.webp").exists()
     meta = json.loads((out / "meta.json").read_text())
     assert meta["source"] == "fluent 1 2" and meta["stickers"] == 5 and meta["frames"] == sum(r["n"] for r in stickers.records)
-    assert meta["hash"] == hashlib.sha256((out / "index.jsonl").read_bytes() + (out / "frames.bin").read_bytes()).hexdigest()
+    assert meta["shards"] == [meta["frames"]] and (out / "frames-00000.bin").stat().st_size == 16 * 16 * 4 * meta["frames"]
     want = data.square(moving_square(15, (64, 80)), 16)
     assert np.array_equal(stickers.clip(dark, [0, 7, 14]), want[[0, 7, 14]])
 
@@ -497,6 +503,212 @@ def test_disk_full_is_one_line(capsys):
         data.run_cli(lambda: (_ for _ in ()).throw(PermissionError(errno.EACCES, "x")))
 
 
+# ---- preparing at scale: blocks, resume, shards
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """2,000 lines that point at 12 small files, one in forty of them broken."""
+    root = tmp_path_factory.mktemp("vsd2m")
+    for i in range(12):
+        data.write_animation(root / f"{i}.{('webp', 'gif', 'png')[i % 3]}", moving_square(1 if i % 2 else 3 + i, (16, 18), (20 * i, 30, 60)), 40)
+    (root / "broken.webp").write_bytes(b"RIFF")
+    files = sorted(p.name for p in root.iterdir() if p.name != "broken.webp")
+    lines = [dict(md5=f"{i:032x}", fmt="x", visual_path=files[i % 12] if i % 40 else "broken.webp", nframes=3, keyframe_idx=[0, 2] if i % 3 else None,
+                  eng_cap=f"sticker {i} of {i % 50}", llava_wx_chn_cap="") for i in range(2000)]
+    (root / "m.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return root
+
+
+def vsd2m(manifest, out, *more):
+    return ["vsd2m", str(manifest / "m.jsonl"), "--root", str(manifest), "--out", str(out), "--size", "8", *map(str, more)]
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(manifest, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "set"
+    data.main(vsd2m(manifest, out, "--workers", 1))
+    return out
+
+
+def test_a_manifest_of_many_blocks_is_the_same_by_two_workers(manifest, whole, tmp_path):
+    data.main(vsd2m(manifest, tmp_path / "set", "--workers", 2))
+    assert contents(tmp_path / "set") == contents(whole) and [p.name for p in tmp_path.iterdir()] == ["set"]
+    meta = data.read_meta(whole)
+    assert len(meta["shards"]) == 63 and meta["stickers"] == 1950                    # 2,000 lines in blocks of 32
+    assert (whole / "skipped.jsonl").read_text().count("broken.webp") >= 50
+    stickers = data.StickerSet(whole)
+    for record in stickers.records[5], stickers.records[700], stickers.records[-1]:
+        number = int(record["caption"].split()[1])
+        want, _ = data.read_animation(manifest / record["file"], 24, 8)
+        assert np.array_equal(stickers.clip(record, range(record["n"])), want)
+        assert record.get("keyframe_idx") == ([i for i in (0, 2) if i < record["n"]] if number % 3 else None)
+
+
+def test_a_killed_run_goes_on_behind_its_finished_blocks(manifest, whole, tmp_path):
+    out, part = tmp_path / "set", tmp_path / ".set.part"
+    slow = "import sys, time, data; plain = data.decode; data.decode = lambda *a: time.sleep(0.004) or plain(*a); data.main(sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", slow, *vsd2m(manifest, out, "--workers", 2)], cwd=Path(data.__file__).parent,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    while len(list(part.glob("blocks/block-*.jsonl"))) < 8 and time.monotonic() < end:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    finished = {p.name: p.stat().st_mtime_ns for p in part.glob("frames-*.bin")}
+    assert 8 <= len(finished) < 63
+    (part / "frames-00060.bin.1.tmp").write_bytes(b"half-written")
+    (part / "blocks/block-00061.tmp").write_bytes(b"half-written")
+    cut = sorted(finished)[2]
+    with open(part / cut, "ab") as file:                              # as a disk that lost power may leave it
+        file.truncate(100)
+    data.main(vsd2m(manifest, out, "--workers", 1))
+    assert contents(out) == contents(whole) and [p.name for p in tmp_path.iterdir()] == ["set"]
+    redone = [name for name, time_ns in finished.items() if (out / name).stat().st_mtime_ns != time_ns]
+    assert set(redone) <= {cut, sorted(finished)[-1]} and cut in redone      # the last may have lacked its lines
+
+
+def test_workers_end_with_a_killed_run(manifest, tmp_path):
+    code = "import os, sys, time, data; data.decode = lambda *a: print(os.getpid(), flush=True) or time.sleep(60); data.main(sys.argv[1:])"
+    process = subprocess.Popen([sys.executable, "-c", code, *vsd2m(manifest, tmp_path / "set", "--workers", 2)], cwd=Path(data.__file__).parent, stdout=subprocess.PIPE)
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    process.kill()
+    process.communicate(timeout=20)                                   # ends when nobody holds the pipe any more
+    assert len(set(workers)) == 2
+
+
+def interrupted(manifest, out, blocks=3):
+    """Prepare until so many blocks are finished; the rest is as if killed."""
+    plain, seen = data.settle, []
+
+    def settle(temporary, path):
+        plain(temporary, path)
+        seen.append(path.name)
+        if sum(name.startswith("block-") for name in seen) == blocks:
+            raise KeyboardInterrupt
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="interrupted; the same command goes on"):
+        patch.setattr(data, "settle", settle)
+        data.main(vsd2m(manifest, out, "--workers", 1))
+
+
+def test_an_interrupted_run_of_something_else_is_refused(manifest, tmp_path, capsys):
+    interrupted(manifest, tmp_path / "set")
+    assert "size 8 there, 12 here" in refused(capsys, *vsd2m(manifest, tmp_path / "set", "--size", 12))
+    assert "most_frames 24 there, 5 here" in refused(capsys, *vsd2m(manifest, tmp_path / "set", "--most-frames", 5))
+    assert "first 100 lines here" in refused(capsys, *vsd2m(manifest, tmp_path / "set", "--limit", 100))
+    other = (manifest / "m.jsonl").read_text().replace("sticker 1900 ", "sticker X ")
+    plain = (manifest / "m.jsonl").read_text()
+    try:
+        (manifest / "m.jsonl").write_text(other)
+        line = refused(capsys, *vsd2m(manifest, tmp_path / "set"))
+    finally:
+        (manifest / "m.jsonl").write_text(plain)
+    assert "interrupted run of something else" in line and "remove it" in line
+    with open(tmp_path / ".set.part/blocks/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process" in refused(capsys, *vsd2m(manifest, tmp_path / "set"))
+    data.main(vsd2m(manifest, tmp_path / "set"))
+    assert "going on behind 96 stickers" in capsys.readouterr().out
+
+
+def test_limit_takes_the_first_lines(manifest, whole, tmp_path, capsys):
+    data.main(vsd2m(manifest, tmp_path / "set", "--limit", 100))
+    assert [r["caption"] for r in data.StickerSet(tmp_path / "set").records] == [r["caption"] for r in data.StickerSet(whole).records[:97]]
+    assert "--limit" in refused(capsys, *vsd2m(manifest, tmp_path / "new", "--limit", 0))
+    (tmp_path / "m.jsonl").write_text("".join((manifest / "m.jsonl").read_text().splitlines(True)[:1500]) + "{oops\n")
+    more = ["vsd2m", str(tmp_path / "m.jsonl"), "--root", str(manifest), "--out", str(tmp_path / "new"), "--size", "8"]
+    assert "m.jsonl, line 1501: not JSON" in refused(capsys, *more) and not (tmp_path / ".new.part").exists()      # before anything slow
+    data.main([*more, "--limit", "50"])
+
+
+def test_a_manifest_without_its_files_is_given_up_early(manifest, tmp_path, capsys, monkeypatch):
+    settled = []
+    plain = data.settle
+    monkeypatch.setattr(data, "settle", lambda a, b: settled.append(b) or plain(a, b))
+    (tmp_path / "empty").mkdir()
+    line = refused(capsys, "vsd2m", manifest / "m.jsonl", "--root", tmp_path / "empty", "--out", tmp_path / "set", "--workers", 1)
+    assert "1024 of 1024" in line and ": cannot be read" in line and len(settled) < 70
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]          # nothing was usable, nothing is left
+    assert "gone" in refused(capsys, "vsd2m", manifest / "m.jsonl", "--root", tmp_path / "gone", "--out", tmp_path / "set")
+
+
+def test_only_blocks_with_unusable_files_are_made_anew(manifest, tmp_path, capsys):
+    root = tmp_path / "root"
+    shutil.copytree(manifest, root)
+    lines = (root / "m.jsonl").read_text().splitlines(True)[1:41]     # of these the last is broken.webp
+    (root / "m.jsonl").write_text("".join(lines[:32] + [lines[39]] * 8))
+    assert "8 of 40" in refused(capsys, *vsd2m(root, tmp_path / "set"))
+    assert {p.name for p in tmp_path.glob(".set.part/*.bin")} == {"frames-00000.bin", "frames-00001.bin"}
+    shutil.copy(root / "0.webp", root / "broken.webp")                # mended
+    data.main(vsd2m(root, tmp_path / "set"))
+    assert len(data.StickerSet(tmp_path / "set")) == 40 and "going on behind 32" in capsys.readouterr().out
+
+
+def test_no_file_is_longer_than_the_bound(manifest, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_BYTES", 5 * 4 * 8 * 8 * 6 + 10)  # five stickers of six frames
+    data.main(vsd2m(manifest, tmp_path / "set", "--limit", 41, "--most-frames", 6))
+    sizes = [p.stat().st_size for p in sorted((tmp_path / "set").glob("frames-*.bin"))]
+    assert len(sizes) == 9 and max(sizes) <= data.SHARD_BYTES and data.read_meta(tmp_path / "set")["most_frames"] == 6
+    stickers = data.StickerSet(tmp_path / "set")
+    assert max(r["n"] for r in stickers.records) == 6 and len(stickers.frames) == sum(sizes) // 256 == sum(r["n"] for r in stickers.records)
+    together = np.concatenate([stickers.clip(r, range(r["n"])) for r in stickers.records])
+    for key in (slice(None), slice(3, 90, 7), slice(90, 3, -1), slice(2, 4), slice(5, 5), [0, -1, 50, 7], 11, np.int64(-2), []):
+        assert np.array_equal(stickers.frames[key], together[key])
+    with pytest.raises(IndexError):
+        stickers.frames[[0, len(together)]]
+    again = pickle.loads(pickle.dumps(stickers.frames))
+    assert np.array_equal(again, together) and len(pickle.dumps(stickers.frames)) < 1000
+    monkeypatch.setattr(data, "SHARD_BYTES", 2000)
+    assert "--most-frames" in refused(capsys, *vsd2m(manifest, tmp_path / "new"))
+
+
+def test_the_size_to_come_is_told(manifest, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 1000))
+    data.main(vsd2m(manifest, tmp_path / "set", "--limit", 400))
+    said = capsys.readouterr().out
+    assert "frames will be about 0.0 GB" in said and "warning" in said
+
+
+def test_latents_of_many_files_equal_those_of_one(synthetic, monkeypatch):
+    out, mean, logvar = synthetic
+    batches = [(mean[i:i + 7], logvar[i:i + 7]) for i in range(0, len(mean), 7)]
+    monkeypatch.setattr(data, "LATENT_ROWS", 70)
+    data.write_latents(out, "1" * 64, len(mean), (4, 4, 4), lambda start: batches[start // 7:])
+    assert len(list((out / f"latents-{'1' * 12}").glob("mean-*.bin"))) == -(-len(mean) // 70) > 3
+    for one, many in zip(data.open_latents(out, "a" * 64), data.open_latents(out, "1" * 64)):
+        assert np.array_equal(one, many) and np.array_equal(one[60:150], many[60:150]) and np.array_equal(one[[69, 70, 3]], many[[69, 70, 3]])
+    monkeypatch.setattr(data, "LATENT_ROWS", 8192)
+    monkeypatch.setattr(data, "SHARD_BYTES", 50 * 128)
+    data.write_latents(out, "2" * 64, len(mean), (4, 4, 4), lambda start: batches[start // 7:])
+    assert max(p.stat().st_size for p in (out / f"latents-{'2' * 12}").glob("*.bin")) == 50 * 128
+
+
+def test_a_killed_encoding_goes_on(synthetic, monkeypatch):
+    out, mean, logvar = synthetic
+    batches, asked = [(mean[i:i + 7], logvar[i:i + 7]) for i in range(0, len(mean), 7)], []
+    monkeypatch.setattr(data, "LATENT_ROWS", 70)
+
+    def until(stop):
+        def encode(start):
+            asked.append(start)
+            for batch in batches[start // 7:stop]:
+                yield batch
+            if stop:
+                raise KeyboardInterrupt
+        return encode
+    with pytest.raises(KeyboardInterrupt):
+        data.write_latents(out, "3" * 64, len(mean), (4, 4, 4), until(24))
+    assert not data.latents_ready(out, "3" * 64)
+    data.write_latents(out, "3" * 64, len(mean), (4, 4, 4), until(None))
+    assert asked == [0, 140] and all(np.array_equal(a, b) for a, b in zip(data.open_latents(out, "a" * 64), data.open_latents(out, "3" * 64)))
+    data.write_latents(out, "3" * 64, len(mean), (4, 4, 4), until(None))     # as a second process that waited
+    assert asked == [0, 140]
+
+
 # ---- masks and draws
 
 @pytest.mark.parametrize("task", TASKS)
@@ -601,7 +813,8 @@ def synthetic(tmp_path_factory):
     n = data.StickerSet(out).meta["frames"]
     rng = np.random.default_rng(0)
     mean, logvar = rng.standard_normal((2, n, 4, 4, 4), np.float32)
-    data.write_latents(out, "a" * 64, n, (4, 4, 4), [(mean[:50], logvar[:50]), (torch.from_numpy(mean[50:]), torch.from_numpy(logvar[50:]))])
+    data.write_latents(out, "a" * 64, n, (4, 4, 4),
+                       lambda _: [(mean[:50], logvar[:50]), (torch.from_numpy(mean[50:]), torch.from_numpy(logvar[50:]))])
     return out, mean, logvar
 
 
@@ -646,7 +859,8 @@ def test_a_map_travels_as_its_name(synthetic):
 @pytest.mark.parametrize("damage, culprit", [
     (lambda f: (f / "meta.json").unlink(), "meta.json"), (lambda f: (f / "meta.json").write_text("{"), "meta.json"),
     (lambda f: (f / "meta.json").write_text('{"size": 16}'), "meta.json"),
-    (lambda f: (f / "frames.bin").write_bytes(b"123"), "frames.bin"), (lambda f: (f / "frames.bin").unlink(), "frames.bin"),
+    (lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace('"version": 2', '"version": 1')), "another version"),
+    (lambda f: (f / "frames-00000.bin").write_bytes(b"123"), "frames-00000.bin"), (lambda f: (f / "frames-00000.bin").unlink(), "frames-00000.bin"),
     (lambda f: (f / "index.jsonl").write_text('{"a": 1}\n{"b"\n'), "index.jsonl, line 2"), (lambda f: (f / "index.jsonl").write_text('{"a": 1}\n'), "index.jsonl"),
     (lambda f: (f / "index.jsonl").unlink(), "index.jsonl")])
 def test_damaged_sets_are_named(tmp_path, damage, culprit):
@@ -668,17 +882,19 @@ def test_latents(synthetic):
     with pytest.raises(UserError, match="another VAE"):
         data.open_latents(out, same_start)
     with pytest.raises(UserError, match="were expected"):
-        data.write_latents(out, "d" * 64, len(mean) + 1, (4, 4, 4), [(mean, logvar)])
+        data.write_latents(out, "d" * 64, len(mean) + 1, (4, 4, 4), lambda _: [(mean, logvar)])
+    with pytest.raises(UserError, match="were expected"):
+        data.write_latents(out, "d" * 64, len(mean), (4, 4, 3), lambda _: [(mean, logvar)])
     assert not (out / f"latents-{'d' * 12}").exists()
 
 
 def test_latents_of_another_set_or_cut_short_are_refused(tmp_path):
     data.main(["synthetic", "--n", "4", "--out", str(tmp_path / "set"), "--size", "8", "--workers", "1"])
     n = data.StickerSet(tmp_path / "set").meta["frames"]
-    data.write_latents(tmp_path / "set", "a" * 64, n, (1, 2, 2), [(np.full((n, 1, 2, 2), 1e9), np.zeros((n, 1, 2, 2)))])
+    data.write_latents(tmp_path / "set", "a" * 64, n, (1, 2, 2), lambda _: [(np.full((n, 1, 2, 2), 1e9), np.zeros((n, 1, 2, 2)))])
     assert np.isfinite(data.open_latents(tmp_path / "set", "a" * 64)[0]).all()
-    (tmp_path / f"set/latents-{'a' * 12}/logvar.bin").write_bytes(b"12")
-    with pytest.raises(UserError, match="logvar.bin"):
+    (tmp_path / f"set/latents-{'a' * 12}/logvar-00000.bin").write_bytes(b"12")
+    with pytest.raises(UserError, match="logvar-00000.bin"):
         data.open_latents(tmp_path / "set", "a" * 64)
     meta = json.loads((tmp_path / "set/meta.json").read_text())
     (tmp_path / "set/meta.json").write_text(json.dumps(dict(meta, hash="0")))
@@ -793,7 +1009,7 @@ def test_bench(packages, capsys, monkeypatch):
     data.main(["bench", "--data", str(packages / "set")])
     assert "random numbers" in capsys.readouterr().out
     n = data.StickerSet(packages / "set").meta["frames"]
-    data.write_latents(packages / "set", "a" * 64, n, (4, 2, 2), [(np.zeros((n, 4, 2, 2)),) * 2])
+    data.write_latents(packages / "set", "a" * 64, n, (4, 2, 2), lambda _: [(np.zeros((n, 4, 2, 2)),) * 2])
     data.main(["bench", "--data", str(packages / "set")])
     said = capsys.readouterr().out
     assert "latents-aaaa" in said and said.count("clips/s") == 3
