@@ -10,6 +10,7 @@ Key frames: paper Fig. 3 and Table 6. Condition masks: paper Table 7. Stickers: 
 labels and keywords: emojibase-data (MIT).
 """
 import argparse
+import bisect
 import contextlib
 import errno
 import fcntl
@@ -29,7 +30,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, get_context, parent_process
@@ -45,6 +47,8 @@ MOST_FRAMES = 24                                 # kept of a long clip
 SHARD_BYTES = 2 * 10**9                          # no file of frames or latents is longer
 BLOCK = 64                                       # stickers that a worker takes at a time; their frames are one file
 FEWEST_BLOCKS, MOST_BLOCKS = 64, 8192            # of a set: a small one has smaller blocks, a huge one larger ones
+SPLITS = ("train", "val", "test")
+COLUMNS = np.dtype([("end", "u8"), ("n", "u4"), ("split", "u1"), ("group", "u4"), ("concept", "u4")])     # index.npy, see join_blocks
 LATENT_ROWS = 8192                               # frames in a file of latents: what a killed encoding loses at most
 MOST_KEYS = 8                                    # paper Table 6: k = 3..8
 TASKS = ("t2v", "i2v", "it2v", "interpolation", "prediction_forward", "prediction_backward")
@@ -581,7 +585,7 @@ def progress():
 def write_block(part, read, size, most, number, jobs):
     """Worker: write the frames of a block -> (summary, temporary file of frames, lines of the index and of what was skipped)."""
     temporary, digest = part / f"{shard(part, 'frames', number).name}.{os.getpid()}.tmp", hashlib.sha256()
-    lines, skipped, counts, first, n_bytes = [], [], Counter(), 0, 0
+    lines, skipped, first, n_bytes = [], [], 0, 0
     with open(temporary, "wb") as file:
         for job in jobs:
             decoded = decode(read(job), size, most)
@@ -593,10 +597,9 @@ def write_block(part, read, size, most, number, jobs):
             lines.append(json.dumps(dict(record, first=first)))
             digest.update(identity)              # the input and its features: all pixels would cost a tenth of the decoding
             digest.update(lines[-1].encode())
-            counts[f"{record['split']} {'animated' if len(frames) > 1 else 'still'}"] += 1
             first, n_bytes = first + len(frames), n_bytes + size_in
     reasons = [s["reason"] if s["file"] in s["reason"] else f"{s['file']}: {s['reason']}" for s in skipped[:3]]
-    summary = dict(number=number, seen=len(jobs), stickers=len(lines), skipped=len(skipped), frames=first, bytes=n_bytes, counts=counts,
+    summary = dict(number=number, seen=len(jobs), stickers=len(lines), skipped=len(skipped), frames=first, bytes=n_bytes,
                    reasons=reasons, sha256=digest.hexdigest())
     return summary, temporary, [*lines, *map(json.dumps, skipped)]
 
@@ -649,27 +652,42 @@ def refuse_skipped(part, done):
 
 
 def join_blocks(part, blocks):
-    """Write index.jsonl and skipped.jsonl from the blocks' lines -> (what goes into meta.json, lines to print)."""
-    counts, concepts, digest, first = Counter(), defaultdict(set), hashlib.sha256(), 0
-    with open(part / "index.jsonl.tmp", "w") as index, open(part / "skipped.jsonl.tmp", "w") as skipped:
+    """Write index.jsonl, index.npy and skipped.jsonl from the blocks' lines -> (what goes into meta.json, lines to print).
+
+    index.npy has a row a sticker: where its line in index.jsonl ends, its frames, its split (of SPLITS), the numbers of its group (of
+    meta.json's) and concept (in the order of their names)."""
+    table, groups, concepts = np.zeros(sum(b["stickers"] for b in blocks), COLUMNS), {}, {}
+    row, first, digest = 0, 0, hashlib.sha256()
+    with open(part / "index.jsonl.tmp", "wb") as index, open(part / "skipped.jsonl.tmp", "w") as skipped:
         for block in blocks:
             with open(part / f"blocks/block-{block['number']:05}.jsonl") as lines:
                 next(lines)
                 for line in itertools.islice(lines, block["stickers"]):
                     record = json.loads(line)
-                    concepts[record["split"]].add(record["concept"])
-                    index.write(json.dumps(dict(record, first=first + record["first"])) + "\n")
+                    record["first"] += first
+                    index.write(json.dumps(record).encode() + b"\n")
+                    table[row] = (index.tell(), record["n"], SPLITS.index(record["split"]), groups.setdefault(record["group"], len(groups)),
+                                  concepts.setdefault(record["concept"], len(concepts)))
+                    row += 1
                 skipped.writelines(lines)
             first += block["frames"]
-            counts.update(block["counts"])
             digest.update(block["sha256"].encode())
-    for name in ("index.jsonl", "skipped.jsonl"):
+    rank = np.empty(len(concepts), np.uint32)
+    rank[[concepts[name] for name in sorted(concepts)]] = np.arange(len(concepts))
+    table["concept"] = rank[table["concept"]]
+    with open(part / "index.npy.tmp", "wb") as file:
+        np.save(file, table)
+    for name in ("index.jsonl", "index.npy", "skipped.jsonl"):
         settle(part / f"{name}.tmp", part / name)
-    stickers = sum(counts.values())
-    said = [f"  {split:5} {counts[f'{split} animated'] + counts[f'{split} still']:5} stickers ({counts[f'{split} animated']} animated, "
-            f"{counts[f'{split} still']} stills), {len(concepts[split])} concepts" for split in ("train", "val", "test")]
-    return (dict(frames=first, stickers=stickers, hash=digest.hexdigest(), shards=[b["frames"] for b in blocks]),
-            (f"{stickers} stickers, {first} frames", "\n".join([f"{sum(b['skipped'] for b in blocks)} skipped", *said])))
+    return (dict(frames=first, stickers=len(table), hash=digest.hexdigest(), groups=list(groups), shards=[b["frames"] for b in blocks]),
+            (f"{len(table)} stickers, {first} frames", "\n".join([f"{sum(b['skipped'] for b in blocks)} skipped", *map(split_line, SPLITS, itertools.repeat(table))])))
+
+
+def split_line(split, table):
+    """What is printed of a split."""
+    rows = table[table["split"] == SPLITS.index(split)]
+    animated = int((rows["n"] > 1).sum())
+    return f"  {split:5} {len(rows):5} stickers ({animated} animated, {len(rows) - animated} stills), {len(np.unique(rows['concept']))} concepts"
 
 
 def fetch(name, version, sha256, folder):
@@ -988,25 +1006,97 @@ class Mapped:
         return out
 
 
-class StickerSet:
-    """A prepared set, or its stickers of one split or some groups.
+class Records(Sequence):
+    """Lines of an index.jsonl as dicts, parsed when asked for: `rows` of them, which end at the bytes `ends` (of all lines)."""
+    def __init__(self, path, ends, rows):
+        self.path, self.ends, self.rows = path, ends, rows
+        self.text = np.memmap(path, np.uint8, "r") if len(ends) else b""
 
-    records: index lines; frames: (all frames of the folder, S, S, 4) uint8 map; concepts: sorted; by_concept: their records' numbers.
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        row = int(self.rows[i])
+        line = self.text[int(self.ends[row - 1]) if row else 0:int(self.ends[row])]
+        return parse_line(self.path, row + 1, bytes(line))
+
+
+class Members(Sequence):
+    """For each concept, in the order of their names, the numbers of its records: an array. concept: (n,) a number a record; only: some of them."""
+    def __init__(self, concept, only=None):
+        only = np.arange(len(concept)) if only is None else only
+        self.order = only[np.argsort(concept[only], kind="stable")]
+        starts = np.flatnonzero(np.diff(concept[self.order], prepend=-1))
+        self.bounds = np.append(starts, len(self.order))
+
+    def __len__(self):
+        return len(self.bounds) - 1
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        return self.order[self.bounds[i]:self.bounds[i + 1]]
+
+
+class Concepts(Sequence):
+    """The sorted names of concepts, read from a record of each."""
+    def __init__(self, members, records):
+        self.members, self.records = members, records
+
+    def __len__(self):
+        return len(self.members)
+
+    def __getitem__(self, i):
+        return self.records[self.members[i][0]]["concept"]
+
+
+class ByConcept(Mapping):
+    """Name of a concept -> the numbers of its records, found by bisection."""
+    def __init__(self, concepts):
+        self.concepts = concepts
+
+    def __len__(self):
+        return len(self.concepts)
+
+    def __iter__(self):
+        return iter(self.concepts)
+
+    def __getitem__(self, name):
+        i = bisect.bisect_left(self.concepts, name)
+        if i == len(self.concepts) or self.concepts[i] != name:
+            raise KeyError(name)
+        return self.concepts.members[i]
+
+
+class StickerSet:
+    """A prepared set, or its stickers of one split or some groups. Millions of stickers take some 100 MB: what is long stays in its file.
+
+    records: index lines; lengths: their numbers of frames; frames: (all frames of the folder, S, S, 4) uint8 map; members: for each concept
+    its records' numbers; concepts: their names, sorted; by_concept: name -> member.
     """
     def __init__(self, folder, split=None, groups=None):
+        self.made_of = folder, split, groups
         self.folder = Path(folder)
         self.meta = read_meta(self.folder)
         self.size = self.meta["size"]
-        self.frames = Mapped(self.folder, "frames", self.meta["shards"], np.uint8, (self.size, self.size, 4))
-        self.frames.check(f"remove {self.folder} and prepare it again")
-        self.records = [record for _, record in read_jsonl(self.folder / "index.jsonl")]
-        if len(self.records) != self.meta["stickers"]:
-            raise UserError(f"{self.folder / 'index.jsonl'}: {len(self.records)} lines, {self.meta['stickers']} expected; prepare it again")
-        self.records = [r for r in self.records if (split is None or r["split"] == split) and (groups is None or r["group"] in groups)]
-        self.by_concept = defaultdict(list)
-        for i, record in enumerate(self.records):
-            self.by_concept[record["concept"]].append(i)
-        self.concepts = sorted(self.by_concept)
+        advice = f"remove {self.folder} and prepare it again"
+        self.frames = Mapped(self.folder, "frames", self.meta["shards"], np.uint8, (self.size, self.size, 4)).check(advice)
+        table, index = read_table(self.folder / "index.npy", self.meta["stickers"], advice), self.folder / "index.jsonl"
+        if not index.is_file() or index.stat().st_size != (table["end"][-1] if len(table) else 0):
+            raise UserError(f"{index}: missing or of the wrong length; {advice}")
+        own = np.full(len(table), True) if split is None else table["split"] == SPLITS.index(split)
+        if groups is not None:
+            own &= np.isin(table["group"], [i for i, group in enumerate(self.meta["groups"]) if group in groups])
+        rows = np.flatnonzero(own)
+        self.records, self.lengths = Records(index, np.ascontiguousarray(table["end"]), rows), table["n"][rows]
+        self.concept = table["concept"][rows].astype(np.int64)
+        self.members = Members(self.concept)
+        self.concepts = Concepts(self.members, self.records)
+        self.by_concept = ByConcept(self.concepts)
+
+    def __reduce__(self):
+        return StickerSet, self.made_of
 
     def __len__(self):
         return len(self.records)
@@ -1014,6 +1104,17 @@ class StickerSet:
     def clip(self, record, idx):
         """(len(idx), S, S, 4) uint8 straight RGBA."""
         return self.frames[record["first"] + np.asarray(idx, int)]
+
+
+def read_table(path, stickers, advice):
+    """index.npy -> array (stickers,) of COLUMNS."""
+    try:
+        table = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: missing or corrupt ({getattr(error, 'strerror', None) or error}); {advice}") from None
+    if table.dtype != COLUMNS or len(table) != stickers:
+        raise UserError(f"{path}: {len(table)} rows, {stickers} expected; {advice}")
+    return table
 
 
 def read_meta(folder):
@@ -1127,10 +1228,9 @@ class ClipDataset(torch.utils.data.Dataset):
             raise UserError(f"{sticker_set.folder}: no stickers in this split")
         if len(self.mean) != sticker_set.meta["frames"]:
             raise UserError(f"{sticker_set.folder}: {sticker_set.meta['frames']} frames but {len(self.mean)} latents")
-        self.everything = [sticker_set.by_concept[c] for c in sticker_set.concepts]
-        animated = [[i for i in ids if sticker_set.records[i]["n"] > 2] for ids in self.everything]
-        self.animated = [ids for ids in animated if ids]
-        if k == "step" and not self.animated:
+        self.everything = sticker_set.members
+        self.animated = Members(sticker_set.concept, np.flatnonzero(sticker_set.lengths > 2))
+        if k == "step" and not len(self.animated):
             raise UserError(f"{sticker_set.folder}: no animated stickers in this split")
 
     def __len__(self):
@@ -1147,7 +1247,7 @@ class ClipDataset(torch.utils.data.Dataset):
         step, n, T = key
         rng = rng_for(self.seed, step, n, 0)
         ids = self.variants(step, n, T)
-        index = ids[int(rng.integers(len(ids)))]
+        index = int(ids[int(rng.integers(len(ids)))])
         record = self.set.records[index]
         idx = choose_frames(record, rng, T, self.how, T if T == 1 or self.k == "step" else None)
         text = text_for(record, rng, self.word_dropout, self.keywords)

@@ -718,8 +718,7 @@ class Judge(nn.Module):
 def judge_records(stickers, seed, most=3):
     """Up to `most` variants of every concept, drawn by the seed: their records, and weights (n,) of sum 1."""
     rng, chosen = np.random.default_rng(seed), []
-    for concept in stickers.concepts:
-        members = stickers.by_concept[concept]
+    for members in stickers.members:
         picked = rng.permutation(len(members))[:most]
         chosen += [(stickers.records[members[i]], len(picked) ** -0.5) for i in picked]     # twins say less than new concepts
     weights = torch.tensor([w for _, w in chosen], dtype=torch.float64)

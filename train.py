@@ -194,7 +194,7 @@ def resolve_config(preset, changes):
 def draw_image(stickers, config, step, n):
     """One training image (4, S, S), premultiplied in [-1, 1], and its random background (3,): a random frame of a random concept."""
     rng = rng_for(config.seed, step, n, 0)
-    record = stickers.records[rng.choice(stickers.by_concept[stickers.concepts[rng.integers(len(stickers.concepts))]])]
+    record = stickers.records[rng.choice(stickers.members[rng.integers(len(stickers.members))])]
     frame = stickers.clip(record, [rng.integers(record["n"])])
     return to_tensor(frame)[0], torch.from_numpy(rng.uniform(-1, 1, 3).astype(np.float32))
 
@@ -222,7 +222,7 @@ def vae_losses(net, x, background, noise, config):
 @torch.no_grad()
 def vae_psnr(vae, stickers, count=256, batch=32):
     """PSNR (dB, of each image, on white) of up to `count` first-and-middle frames of a split, through the mean latents."""
-    frames = [f for r in stickers.records for f in sorted({r["first"], r["first"] + r["n"] // 2})][:count]
+    frames = [f for r in stickers.records[:count] for f in sorted({r["first"], r["first"] + r["n"] // 2})][:count]
     white, values = torch.ones(1, 3, device=vae.latent_mean.device), []
     for i in range(0, len(frames), batch):
         x = vae.images(to_tensor(np.array(stickers.frames[frames[i:i + batch]])))

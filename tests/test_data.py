@@ -843,8 +843,18 @@ def test_sticker_set_views(synthetic):
     assert sum(map(len, parts)) == len(everything) == 48 and {r["split"] for r in parts[0].records} == {"train"}
     stars = data.StickerSet(synthetic[0], groups=["star"])
     assert 0 < len(stars) < 48 and all("star" in r["caption"] for r in stars.records)
-    assert everything.concepts == sorted({r["concept"] for r in everything.records})
-    assert sorted(i for ids in everything.by_concept.values() for i in ids) == list(range(48))
+    for stickers in everything, parts[0], stars:
+        names = sorted({r["concept"] for r in stickers.records})
+        assert list(stickers.concepts) == list(stickers.by_concept) == names and len(stickers.by_concept) == len(stickers.members) == len(names)
+        assert sorted(i for ids in stickers.by_concept.values() for i in ids) == list(range(len(stickers)))
+        assert all(stickers.records[i]["concept"] == name for name, ids in stickers.by_concept.items() for i in ids)
+        assert stickers.lengths.tolist() == [r["n"] for r in stickers.records] and "nothing" not in stickers.by_concept
+        again = pickle.loads(pickle.dumps(stickers))
+        assert list(again.records) == list(stickers.records) and len(pickle.dumps(stickers)) < 1000
+    records = everything.records
+    assert records[-1] == records[47] == list(records)[47] and records[40:44] == [records[i] for i in range(40, 44)]
+    with pytest.raises(IndexError):
+        records[48]
     record = everything.records[5]
     assert everything.clip(record, [0]).shape == (1, 16, 16, 4)
     assert np.array_equal(everything.clip(record, [0])[0], everything.frames[record["first"]])
@@ -861,13 +871,24 @@ def test_a_map_travels_as_its_name(synthetic):
     (lambda f: (f / "meta.json").write_text('{"size": 16}'), "meta.json"),
     (lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace('"version": 2', '"version": 1')), "another version"),
     (lambda f: (f / "frames-00000.bin").write_bytes(b"123"), "frames-00000.bin"), (lambda f: (f / "frames-00000.bin").unlink(), "frames-00000.bin"),
-    (lambda f: (f / "index.jsonl").write_text('{"a": 1}\n{"b"\n'), "index.jsonl, line 2"), (lambda f: (f / "index.jsonl").write_text('{"a": 1}\n'), "index.jsonl"),
+    (lambda f: (f / "index.jsonl").write_text('{"a": 1}\n'), "index.jsonl"), (lambda f: (f / "index.npy").unlink(), "index.npy"),
+    (lambda f: (f / "index.npy").write_bytes(b"12"), "index.npy"), (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[1:]), "index.npy: 3 rows, 4"),
     (lambda f: (f / "index.jsonl").unlink(), "index.jsonl")])
 def test_damaged_sets_are_named(tmp_path, damage, culprit):
     data.main(["synthetic", "--n", "4", "--out", str(tmp_path / "set"), "--size", "8", "--workers", "1"])
     damage(tmp_path / "set")
     with pytest.raises(UserError, match=culprit):
         data.StickerSet(tmp_path / "set")
+
+
+def test_a_damaged_line_of_the_index_is_named_when_it_is_read(tmp_path):
+    data.main(["synthetic", "--n", "4", "--out", str(tmp_path / "set"), "--size", "8", "--workers", "1"])
+    lines = (tmp_path / "set/index.jsonl").read_text().splitlines(True)
+    (tmp_path / "set/index.jsonl").write_text(lines[0] + "?" + "".join(lines[1:])[1:])
+    records = data.StickerSet(tmp_path / "set").records
+    assert records[0]["first"] == 0
+    with pytest.raises(UserError, match="index.jsonl, line 2: not JSON"):
+        list(records)
 
 
 def test_latents(synthetic):
@@ -932,7 +953,7 @@ def test_the_noise_has_the_posteriors_spread(synthetic):
     dataset = clips(synthetic)
     record = next(r for r in dataset.set.records if r["n"] == 1)
     z = [dataset[s, 1, 8] for s in range(1600)]
-    z = torch.stack([i["z"][0] for i in z if dataset.set.records[i["index"]] is record]).numpy()
+    z = torch.stack([i["z"][0] for i in z if dataset.set.records[i["index"]] == record]).numpy()
     scale = np.exp(synthetic[2][record["first"]] / 2)
     assert len(z) > 20 and np.mean(((z - synthetic[1][record["first"]]) / scale) ** 2) == pytest.approx(1, abs=0.12)
 
@@ -958,13 +979,11 @@ def test_an_epoch_visits_every_concept_once(synthetic):
 
 def test_variants_of_a_concept_take_turns(synthetic):
     stickers = data.StickerSet(synthetic[0])
-    for record in stickers.records:
-        record["concept"] = "twins" if record["n"] > 1 else record["concept"]
-    stickers.by_concept = {c: [i for i, r in enumerate(stickers.records) if r["concept"] == c] for c in {r["concept"] for r in stickers.records}}
-    stickers.concepts = sorted(stickers.by_concept)
+    stickers.concept[stickers.lengths > 1] = stickers.concept.max() + 1
+    stickers.members = data.Members(stickers.concept)
     dataset = data.ClipDataset(stickers, data.open_latents(synthetic[0], "a" * 64), 0, 1)
-    drawn = [stickers.records[dataset[s, 0, 8]["index"]] for s in range(30 * len(stickers.concepts))]
-    twins = [r["file"] for r in drawn if r["concept"] == "twins"]
+    drawn = [stickers.records[dataset[s, 0, 8]["index"]] for s in range(30 * len(stickers.members))]
+    twins = [r["file"] for r in drawn if r["n"] > 1]
     assert len(twins) == 30 and len(set(twins)) > 12                  # once an epoch, not the same one
 
 
@@ -997,8 +1016,7 @@ def test_unusable_datasets_are_refused(synthetic):
     with pytest.raises(UserError, match="latents"):
         data.ClipDataset(data.StickerSet(synthetic[0]), [x[1:] for x in latents], 0, 4)
     stills = data.StickerSet(synthetic[0])
-    stills.by_concept = {c: ids for c, ids in stills.by_concept.items() if stills.records[ids[0]]["n"] == 1}
-    stills.concepts = sorted(stills.by_concept)
+    stills.lengths = np.ones_like(stills.lengths)
     with pytest.raises(UserError, match="animated"):
         data.ClipDataset(stills, latents, 0, 4, k="step")
 
