@@ -13,7 +13,6 @@ import functools
 import re
 import time
 import warnings
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from scipy.special import gammaln
 
 from data import UserError, even_frames, tokenize
 from model import count_words
-from train import file_hash, read_model, save_model
+from train import file_hash, fit_weights, is_torchscript, read_model, read_weights, save_model
 
 PSNR_CAP = 50.0                                  # dB: a frame that is copied and did not move would have an infinite one
 
@@ -132,46 +131,6 @@ def on_white(rgba):
 def to_signed(clips):
     """uint8 (N, T, H, W, 3) -> float32 (N, T, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(clips).movedim(-1, 2).float() / 127.5 - 1
-
-
-# ------------------------------------------------------------------------------------------------ weight files
-def is_torchscript(path):
-    return zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
-
-
-def read_weights(path, option):
-    """{name: tensor} of a .safetensors, .pt or .pth file; one that is nested as "state_dict" is unpacked. Nothing in it is executed."""
-    if not Path(path).is_file():
-        raise UserError(f"{option} {path}: no such file")
-    try:
-        if Path(path).suffix == ".safetensors":
-            from safetensors.torch import load_file
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                   # a file of another kind may raise nearly anything
-        raise UserError(f"{option} {path}: cannot be read as weights ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(v) for v in weights.values()):
-        raise UserError(f"{option} {path}: holds no weights by name")
-    return weights
-
-
-def some(names, most=3):
-    return f"{len(names)} ({', '.join(sorted(names)[:most])}{', ...' if len(names) > most else ''})"
-
-
-def fit_weights(net, weights, option, path):
-    """Load strictly, in eval mode and frozen; UserError says which names and shapes are wrong. Counters of batch norm may be missing."""
-    own = net.state_dict()
-    weights = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **weights}
-    wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in weights.items() if k in own and v.shape != own[k].shape]
-    reasons = [f"{what} {some(names)}" for what, names in (("missing", own.keys() - weights.keys()), ("unknown", weights.keys() - own.keys()),
-                                                          ("of another shape", wrong)) if names]
-    if reasons:
-        raise UserError(f"{option} {path}: not the weights of {type(net).__name__}: {'; '.join(reasons)}")
-    net.load_state_dict(weights)
-    return net.eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------------------------ I3D, for FVD

@@ -9,6 +9,7 @@ Shapes: a clip is (B, T, C, H, W); inside the networks frames are folded into th
 `loss_mask (B, T)` is 1 where a frame is real. Every layer that mixes frames masks the others out.
 """
 import functools
+import re
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -388,6 +389,34 @@ class VAE(nn.Module):
         """One training pass: reconstruction (N, C, H, W), mean and log-variance. noise like the latents."""
         mean, logvar = self.moments(x)
         return self.reconstruct(mean + torch.exp(0.5 * logvar) * noise), mean, logvar
+
+
+# ------------------------------------------------------------------------------------------------ Stable Diffusion's VAE
+SD_VAE = VAEConfig(size=256, image_channels=3, patch=1, widths=(128, 256, 512, 512), latent_channels=4, layers=2, groups=32, shortcut=False, kl_weight=1e-6, fold=1)
+SD_SCALE = 0.18215                        # scaling factor of Stable Diffusion 1 and 2: latents times it have a deviation near 1
+SD_PARTS = ("first_stage_model.", "encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+SD_NAMES = (                              # names of CompVis, and of diffusers before its attention was renamed, turned into ours one after another
+    (r"\.down\.(\d+)\.", r".down_blocks.\1."), (r"\.up\.(\d+)\.", lambda m: f".up_blocks.{len(SD_VAE.widths) - 1 - int(m[1])}."),
+    (r"_blocks\.(\d+)\.block\.", r"_blocks.\1.resnets."), (r"\.(up|down)sample\.", r".\1samplers.0."), (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.mid\.block_(\d+)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."), (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.attentions\.0\.norm\.", ".attentions.0.group_norm."), (r"\.attentions\.0\.([qkv])(uery|ey|alue)?\.", r".attentions.0.to_\1."),
+    (r"\.attentions\.0\.proj_(out|attn)\.", ".attentions.0.to_out.0."), (r"\.norm_out\.", ".conv_norm_out."))
+
+
+def sd_vae_weights(weights):
+    """{name: tensor} of VAE(SD_VAE) from Stable Diffusion's, named as in diffusers (autoencoder_kl.py) or as in CompVis's latent diffusion
+    (model.py, autoencoder.py): the VAE alone, or in a full checkpoint, whose other parts are left out. ValueError for two tensors of one name."""
+    full, named = {k.removeprefix(SD_PARTS[0]): v for k, v in weights.items() if k.startswith(SD_PARTS[0])}, {}
+    for theirs, w in (full or weights).items():
+        if theirs.startswith(("loss.", "model_ema.")):  # of the VAE's own training
+            continue
+        ours = theirs
+        for pattern, new in SD_NAMES:
+            ours = re.sub(pattern, new, ours)
+        if ours in named:
+            raise ValueError(f"{theirs}: a second tensor for {ours}")
+        named[ours] = w.flatten(1) if ".attentions." in ours and w.shape[2:] == (1, 1) else w  # CompVis has 1x1 convolutions there
+    return named
 
 
 # ------------------------------------------------------------------------------------------------ text
@@ -920,7 +949,7 @@ PRESETS = {
     "mini": Config(),  # 2 CPU cores, 64 px
     "paper": Config(  # Table 6: 0.960 B parameters, 256 px, the VAE of Stable Diffusion
         name="paper",
-        vae=VAEConfig(size=256, image_channels=3, patch=1, widths=(128, 256, 512, 512), latent_channels=4, layers=2, groups=32, shortcut=False, kl_weight=1e-6, fold=1),
+        vae=SD_VAE,
         text=TextConfig(kind="open_clip", width=1024, layers=24, buckets=0),
         dfgn=DFGNConfig(channels=4, patch=1, widths=(320, 640, 1024, 1280), layers=2, head_dim=64, stem_heads=8, ff_mult=4, text_width=1024, groups=32,
                         sti_heads=8, sti_head_dim=32, known_fill="zeros", base="zeros", pool_text=False, gate=False),

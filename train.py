@@ -21,6 +21,7 @@ import resource
 import signal
 import sys
 import time
+import zipfile
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from curriculum import Curriculum
 from data import (TASKS, ClipDataset, StepSampler, StickerSet, UserError, cond_mask, even_frames, fit_task, latents_ready, open_latents,
                   rng_for, run_cli, text_for, to_tensor, tokenize, write_latents)
-from model import PRESETS, RDTF, VAE, Config
+from model import PRESETS, RDTF, SD_PARTS, SD_SCALE, SD_VAE, VAE, Config, sd_vae_weights
 
 
 @dataclass
@@ -46,7 +47,7 @@ class TrainConfig:
     out: str = ""                         # run folder; default runs/<stage>
     preset: str = "mini"                  # tiny, mini, paper
     set: list = field(default_factory=list)  # fields of the preset to change, as part.field=value
-    vae: str = "runs/vae/model.safetensors"  # VAE of the dfgn stage
+    vae: str = "runs/vae/model.safetensors"  # VAE of the dfgn stage: of the vae stage, or Stable Diffusion's weights
     steps: int = 3000                     # optimiser steps
     batch: int = 4                        # global batch: clips (dfgn) or images (vae); a step of stills takes T times as many
     lr: float = 1e-3                      # peak learning rate
@@ -116,7 +117,8 @@ def write_atomically(path, write):
 
 
 def file_hash(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # by blocks: a checkpoint may be larger than memory
 
 
 def save_model(path, weights, **metadata):
@@ -131,6 +133,52 @@ def read_metadata(path):
     from safetensors import safe_open
     with safe_open(str(path), "pt") as file:
         return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+
+
+def is_torchscript(path):
+    return zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
+
+
+def read_weights(path, option, parts=("",)):
+    """{name: tensor} of a .safetensors file, or of one that torch.save wrote (.ckpt, .pt, .pth, .bin), which may be nested as "state_dict".
+
+    parts: beginnings of the names that are wanted. The file is mapped, so that other tensors cost no memory; nothing in it is executed."""
+    if not Path(path).is_file():
+        raise UserError(f"{option} {path}: no such file")
+    try:
+        if Path(path).suffix == ".safetensors":
+            from safetensors import safe_open
+            with safe_open(str(path), "pt") as file:
+                weights = {name: file.get_tensor(name) for name in file.keys() if name.startswith(parts)}
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:                   # a file of another kind may raise nearly anything
+        if "Unsupported global" in str(error):
+            raise UserError(f"{option} {path}: cannot be read as weights (UnpicklingError: it holds other Python objects too, which could run code; take the "
+                            f"model's .safetensors file, or save its state_dict alone with torch.save where you trust it)") from None
+        raise UserError(f"{option} {path}: cannot be read as weights ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
+    weights = {name: w for name, w in weights.items() if str(name).startswith(parts)} if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(v) for v in weights.values()):
+        raise UserError(f"{option} {path}: holds no weights by name" + (f" that begins with {', '.join(parts)}" if any(parts) else ""))
+    return weights
+
+
+def some(names, most=3):
+    return f"{len(names)} ({', '.join(sorted(names)[:most])}{', ...' if len(names) > most else ''})"
+
+
+def fit_weights(net, weights, option, path):
+    """Load strictly, in eval mode and frozen; UserError says which names and shapes are wrong. Counters of batch norm may be missing."""
+    own = net.state_dict()
+    weights = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **weights}
+    wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in weights.items() if k in own and v.shape != own[k].shape]
+    reasons = [f"{what} {some(names)}" for what, names in (("missing", own.keys() - weights.keys()), ("unknown", weights.keys() - own.keys()),
+                                                          ("of another shape", wrong)) if names]
+    if reasons:
+        raise UserError(f"{option} {path}: not the weights of {type(net).__name__}: {'; '.join(reasons)}")
+    net.load_state_dict(weights)
+    return net.eval().requires_grad_(False)
 
 
 def read_model(path, kind, missing):
@@ -149,7 +197,9 @@ def read_model(path, kind, missing):
 
 
 def load_model(path, kind):
-    """(network in eval mode, metadata) from a model.safetensors; kind "vae" or "dfgn". UserError for any other file."""
+    """(network in eval mode, metadata) from a model.safetensors; kind "vae" or "dfgn", "vae" also from Stable Diffusion's weights. UserError for any other file."""
+    if kind == "vae" and Path(path).is_file() and not is_saved(path):
+        return load_sd_vae(path)
     weights, metadata = read_model(path, kind, f"no such model; train one with `python train.py{' --stage vae' if kind == 'vae' else ''}`")
     try:
         config = metadata["config"]
@@ -161,6 +211,27 @@ def load_model(path, kind):
     except RuntimeError as error:
         raise UserError(f"{path}: weights do not fit its own configuration ({str(error).splitlines()[1].strip()})") from None
     return net.eval().requires_grad_(False), metadata
+
+
+def is_saved(path):
+    """Has save_model written this file?"""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(str(path), "pt") as file:
+            return "kind" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def load_sd_vae(path):
+    """(VAE in eval mode, metadata) from Stable Diffusion's weights, a VAE or a full checkpoint, in float32. Its latents are standardised by the scaling factor."""
+    try:
+        weights = sd_vae_weights(read_weights(path, "--vae", SD_PARTS))
+    except ValueError as error:
+        raise UserError(f"--vae {path}: {error}") from None
+    net = VAE(SD_VAE)
+    statistics = dict(latent_mean=torch.zeros_like(net.latent_mean), latent_std=torch.full_like(net.latent_std, 1 / SD_SCALE))
+    return fit_weights(net, {**weights, **statistics}, "--vae", path), dict(kind="vae", config=dict(vae=asdict(SD_VAE)), any_size=True)
 
 
 def resolve_config(preset, changes):
@@ -344,7 +415,8 @@ class DFGNStage:
             raise UserError(f"--preset {preset.name}: text.kind=open_clip wants features of OpenCLIP's text tower, which this version cannot "
                             f"make yet; train with --set text.kind=small")
         vae, self.vae_meta = load_model(config.vae, "vae")
-        if asdict(vae.config) != asdict(preset.vae):
+        free = dict(size=preset.vae.size, kl_weight=preset.vae.kl_weight) if self.vae_meta.get("any_size") else {}
+        if {**asdict(vae.config), **free} != asdict(preset.vae):
             raise UserError(f"--vae {config.vae}: trained as {vae.config}, preset {preset.name} wants {preset.vae}")
         self.vae_hash = file_hash(config.vae)
         self.stickers = training_set(config, preset)

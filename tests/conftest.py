@@ -73,3 +73,52 @@ def clip_folder(tmp_path_factory):
     torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
     (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=TINY_CLIP, preprocess_cfg={})))
     return folder
+
+
+def sd_vae_names():
+    """Tensors of Stable Diffusion's VAE as published: [(name in diffusers, in diffusers before, in CompVis, shape)], sorted by the first."""
+    rows, widths = [], (128, 256, 512, 512)
+
+    def layer(new, compvis, shape, old=None):
+        rows.extend((f"{new}.{w}", f"{old or new}.{w}", f"{compvis}.{w}", s) for w, s in (("weight", shape), ("bias", shape[:1])))
+
+    def resnet(new, compvis, cin, cout):
+        for part, shape in dict(norm1=(cin,), conv1=(cout, cin, 3, 3), norm2=(cout,), conv2=(cout, cout, 3, 3)).items():
+            layer(f"{new}.{part}", f"{compvis}.{part}", shape)
+        if cin != cout:
+            layer(f"{new}.conv_shortcut", f"{compvis}.nin_shortcut", (cout, cin, 1, 1))
+
+    for side, order, blocks in (("encoder", widths, 2), ("decoder", widths[::-1], 3)):
+        way = dict(encoder="down", decoder="up")[side]
+        layer(f"{side}.conv_in", f"{side}.conv_in", (order[0], 3 if side == "encoder" else 4, 3, 3))
+        for i, width in enumerate(order):
+            n = i if side == "encoder" else 3 - i                     # CompVis counts the decoder's levels from the image
+            for j in range(blocks):
+                resnet(f"{side}.{way}_blocks.{i}.resnets.{j}", f"{side}.{way}.{n}.block.{j}", order[max(i - 1, 0)] if j == 0 else width, width)
+            if i < 3:
+                layer(f"{side}.{way}_blocks.{i}.{way}samplers.0.conv", f"{side}.{way}.{n}.{way}sample.conv", (width, width, 3, 3))
+        mid = f"{side}.mid_block.attentions.0"
+        layer(f"{mid}.group_norm", f"{side}.mid.attn_1.norm", (512,))
+        for new, old, compvis in (("to_q", "query", "q"), ("to_k", "key", "k"), ("to_v", "value", "v"), ("to_out.0", "proj_attn", "proj_out")):
+            layer(f"{mid}.{new}", f"{side}.mid.attn_1.{compvis}", (512, 512), f"{mid}.{old}")
+        for j in (0, 1):
+            resnet(f"{side}.mid_block.resnets.{j}", f"{side}.mid.block_{j + 1}", 512, 512)
+        layer(f"{side}.conv_norm_out", f"{side}.norm_out", (order[-1],))
+        layer(f"{side}.conv_out", f"{side}.conv_out", (8 if side == "encoder" else 3, order[-1], 3, 3))
+    layer("quant_conv", "quant_conv", (8, 8, 1, 1)), layer("post_quant_conv", "post_quant_conv", (4, 4, 1, 1))
+    return sorted(rows)
+
+
+@pytest.fixture(scope="session")
+def sd_vae():
+    """{naming: state dict} of Stable Diffusion's VAE, filled by a formula: every tensor is told from every other."""
+    import numpy as np
+    import torch
+    names, found = sd_vae_names(), dict(diffusers={}, old={}, compvis={})
+    for i, (new, old, compvis, shape) in enumerate(names):
+        wave = np.sin(np.arange(np.prod(shape), dtype=np.float64) * (1.7 + 0.001 * i) + i).reshape(shape)
+        scale = 0.1 * wave if new.endswith("bias") else 1 + 0.2 * wave if len(shape) == 1 else wave * (2 / np.prod(shape[1:])) ** 0.5
+        w = torch.from_numpy(scale.astype(np.float32))
+        found["diffusers"][new] = found["old"][old] = w
+        found["compvis"][compvis] = w[:, :, None, None] if ".attn_1." in compvis and w.dim() == 2 else w  # 1x1 convolutions there
+    return found

@@ -413,6 +413,75 @@ def test_cached_latents_are_the_vaes(tiny_dfgn, tiny_vae, stickers16):
     assert np.allclose(mean[70:75], want[0], atol=2e-2, rtol=2e-3) and np.allclose(logvar[70:75], want[1], atol=2e-2, rtol=2e-3)
 
 
+# ---- Stable Diffusion's VAE
+
+SD_FIELDS = ("vae.size=16", "vae.image_channels=3", "vae.patch=1", "vae.widths=128,256,512,512", "vae.latent_channels=4", "vae.layers=2", "vae.groups=32",
+             "vae.shortcut=false", "vae.fold=1", "dfgn.channels=4")
+
+
+@pytest.fixture(scope="module")
+def sd_checkpoint(sd_vae, tmp_path_factory):
+    """A whole checkpoint in CompVis's naming and in half precision."""
+    path = tmp_path_factory.mktemp("sd") / "sd.ckpt"
+    weights = {f"first_stage_model.{name}": w.half() for name, w in sd_vae["compvis"].items()}
+    torch.save(dict(state_dict={"model.diffusion_model.out.0.weight": torch.ones(3), **weights, "cond_stage_model.logit_scale": torch.ones(())}, epoch=1), path)
+    return path
+
+
+def test_stable_diffusions_weights_from_files(sd_vae, sd_checkpoint, tmp_path):
+    from safetensors.torch import save_file
+    vae, meta = load_model(sd_checkpoint, "vae")
+    assert vae.config == PRESETS["paper"].vae == Config.from_dict(meta["config"]).vae and not vae.training and not any(p.requires_grad for p in vae.parameters())
+    assert not vae.latent_mean.any() and (1 / vae.latent_std).tolist() == pytest.approx([0.18215] * 4, rel=1e-6)
+    want = {name: w.half().float() for name, w in sd_vae["diffusers"].items()}
+    assert_same({k: v for k, v in vae.state_dict().items() if k in want}, want)                       # float32, whatever the file holds
+    x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
+    z = vae.encode(x)
+    y, same = vae.decode(z), {}
+    save_file({k: v.half() for k, v in sd_vae["old"].items()}, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    torch.save({**{k: v.half() for k, v in sd_vae["compvis"].items()}, "loss.logvar": torch.zeros(())}, tmp_path / "vae.pt")
+    torch.save({k: v.half() for k, v in sd_vae["diffusers"].items()}, tmp_path / "diffusion_pytorch_model.bin")
+    for path in sorted(tmp_path.iterdir()):
+        other, _ = load_model(path, "vae")
+        with torch.no_grad():
+            assert torch.equal(other.encode(x), z) and torch.equal(other.decode(z), y), path
+        path.unlink()
+
+
+def test_wrong_weights_of_stable_diffusion_are_named(sd_vae, tmp_path, dfgn_argv):
+    small = {k: torch.zeros(()).expand(w.shape) for k, w in sd_vae["compvis"].items()}               # no values: nothing is to be loaded
+    gone = {k: w for k, w in small.items() if k != "decoder.up.0.block.2.conv2.bias"}
+
+    class Callback:                                                                                  # as pytorch-lightning leaves them
+        pass
+    globals()["Callback"], Callback.__qualname__ = Callback, "Callback"
+    cases = dict(missing=(gone, r"missing 1 \(decoder.up_blocks.3.resnets.2.conv2.bias\)"),
+                 more=({**small, "encoder.mid.attn_2.q.weight": torch.ones(1)}, r"unknown 1 \(encoder.mid.attn_2.q.weight\)"),
+                 wide=({**small, "quant_conv.weight": torch.ones(32, 32, 1, 1)}, r"of another shape 1 \(quant_conv.weight \(32, 32, 1, 1\) instead of \(8, 8, 1, 1\)\)"),
+                 square=({**small, "encoder.mid.attn_1.q.weight": torch.ones(512, 512, 3, 3)}, r"attentions.0.to_q.weight \(512, 512, 3, 3\) instead of \(512, 512\)"),
+                 twice=({"encoder.mid.block_1.conv1.weight": torch.ones(1), "encoder.mid_block.resnets.0.conv1.weight": torch.ones(1)}, "a second tensor for encoder.mid_block.resnets.0"),
+                 unet=({"model.diffusion_model.out.0.weight": torch.ones(3)}, "no weights by name that begins with first_stage_model., encoder."),
+                 objects=(dict(state_dict=gone, callbacks=Callback()), "other Python objects too.*safetensors"))
+    for name, (weights, said) in cases.items():
+        torch.save(weights, tmp_path / f"{name}.ckpt")
+        with pytest.raises(UserError, match=f"--vae .*{name}.ckpt: .*{said}"):
+            run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", vae=tmp_path / f"{name}.ckpt"))
+    with pytest.raises(UserError, match="--vae .*preset tiny wants"):
+        torch.save(sd_vae["compvis"], tmp_path / "vae.ckpt")
+        run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", vae=tmp_path / "vae.ckpt"))      # another architecture
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dfgn_over_stable_diffusions_vae(sd_checkpoint, dfgn_argv, stickers16, tmp_path):
+    from sample import Sampler
+    copy = Path(shutil.copytree(stickers16, tmp_path / "set", ignore=shutil.ignore_patterns("latents-*")))
+    run_train(*options(dfgn_argv, steps=2, out=tmp_path / "run", data=copy, vae=sd_checkpoint), "--set", *SD_FIELDS)
+    s = Sampler(tmp_path / "run/model.safetensors", device="cpu")
+    assert s.meta["vae"] == train.file_hash(sd_checkpoint) and s.meta["vae_file"] == str(sd_checkpoint)
+    out = s.sample(["red heart"], [(0, 0)], steps=2)
+    assert out.shape == (1, 8, 16, 16, 4) and (out[..., 3] == 255).all() and out[..., :3].std() > 1
+
+
 # ---- what is refused
 
 @pytest.mark.parametrize("change, said", [
