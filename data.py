@@ -1208,6 +1208,109 @@ def open_latents(folder, vae_hash):
     return tuple(x.check(f"remove {out} and let train.py write it again") for x in maps)
 
 
+# ---- texts of training and the features that a frozen text tower makes of them
+
+class StickerTexts:
+    """All texts that training shows of a set, as a sequence: the empty one, then `variants` of each sticker.
+
+    Variant 0 is the bare caption; another is drawn by text_for, a function of (seed, the sticker's number, its own)."""
+    def __init__(self, stickers, variants, seed, word_dropout, keywords):
+        self.stickers, self.count = stickers, variants
+        self.draws = seed, word_dropout, keywords
+
+    def variant(self, record, i, v):
+        seed, *chances = self.draws
+        return record["caption"] if v == 0 else text_for(record, rng_for(seed, i, v, 5), *chances)
+
+    def draw(self, record, i, rng):
+        """One of the variants of sticker i."""
+        return self.variant(record, i, int(rng.integers(self.count)))
+
+    def __len__(self):
+        return 1 + len(self.stickers) * self.count
+
+    def __getitem__(self, k):
+        if k == 0:
+            return ""
+        i, v = divmod(int(k) - 1, self.count)
+        return self.variant(self.stickers.records[i], i, v)
+
+    def __iter__(self):
+        yield ""
+        for i, record in enumerate(self.stickers.records):
+            yield from (self.variant(record, i, v) for v in range(self.count))
+
+
+def text_keys(texts):
+    """64-bit hashes of n texts (n,) uint64. Among ten million texts two share one with a chance of 3e-6."""
+    hashes = (int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") for text in texts)
+    return np.fromiter(hashes, np.uint64, len(texts))
+
+
+class TextCache:
+    """Features (77, width) of texts, float16, in <folder>/text-<tower's hash>/: files of rows below 2 GB, each beside the keys of its texts.
+
+    In memory are 16 bytes a text. A file of keys comes after that of its rows: what a killed process had written whole stays, and runs that
+    show other texts of the same set (another seed, other groups) add to it."""
+    most = 2 ** 30                               # bytes of a file
+
+    def __init__(self, folder, tower_hash, width):
+        self.folder, self.shape = Path(folder) / f"text-{tower_hash[:12]}", (77, width)
+        self.row, self.keys = 2 * 77 * width, np.zeros(0, np.uint64)
+        self.open()
+
+    def open(self):
+        """Map what is there; again after writing."""
+        paths = sorted(self.folder.glob("*.npy"))
+        keys = [np.load(path) for path in paths]
+        for path, k in zip(paths, keys):
+            rows = path.with_suffix(".bin")
+            if not rows.is_file() or rows.stat().st_size != len(k) * self.row:
+                raise UserError(f"{rows}: missing or of the wrong length; remove {path} and let train.py write both again")
+        self.shards = [Mapped(path.with_suffix(".bin"), np.float16, (len(k), *self.shape)) for path, k in zip(paths, keys)]
+        self.starts = np.cumsum([0, *map(len, keys)])
+        keys = np.concatenate([self.keys[:0], *keys])
+        self.order = np.argsort(keys)
+        self.keys = keys[self.order]
+
+    def missing(self, texts):
+        """Places of the texts (a sequence) that are not there, of each text the first, in order."""
+        keys, places = np.unique(text_keys(texts), return_index=True)
+        return np.sort(places[~np.isin(keys, self.keys)])
+
+    def write(self, texts, batches):
+        """Add a file of the features of texts: batches yields arrays or tensors (b, 77, width) in their order."""
+        keys = text_keys(texts)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(keys.tobytes()).hexdigest()[:16]       # two runs at once write the same files
+        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+            rows, named = (Path(temporary) / f"{name}.{kind}" for kind in ("bin", "npy"))
+            with open(rows, "wb") as file:
+                for x in batches:
+                    x = np.asarray(x.detach().float().cpu() if torch.is_tensor(x) else x)
+                    file.write(np.clip(x, -65504, 65504).astype(np.float16).tobytes())
+                file.flush()
+                os.fsync(file.fileno())
+            if rows.stat().st_size != len(texts) * self.row:
+                raise UserError(f"{self.folder}: {rows.stat().st_size} bytes came for {len(texts)} texts, {len(texts) * self.row} were expected")
+            with open(named, "wb") as file:
+                np.save(file, keys)
+                file.flush()
+                os.fsync(file.fileno())
+            rows.replace(self.folder / rows.name)
+            named.replace(self.folder / named.name)
+
+    def __getitem__(self, texts):
+        """List of B texts -> features (B, 77, width) float32."""
+        keys = text_keys(texts)
+        places = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        if not len(self.keys) or (self.keys[places] != keys).any():
+            raise UserError(f"{self.folder}: lacks features of a text of this run; remove it and let train.py write it again")
+        rows = self.order[places]
+        shards = np.searchsorted(self.starts, rows, "right") - 1
+        return np.stack([self.shards[s][r - self.starts[s]] for s, r in zip(shards, rows)]).astype(np.float32)
+
+
 @functools.lru_cache(8)
 def permutation(seed, epoch, kind, count):
     return np.random.default_rng([seed, epoch, kind, count]).permutation(count)
@@ -1219,9 +1322,10 @@ class ClipDataset(torch.utils.data.Dataset):
     Concepts are visited in permuted order, each as often as any other; which of its variants (skin tone, gender) is drawn, so
     that twins do not crowd out the rest. T = 1 gives single frames of any sticker. k "step": clips have T frames and come from
     animated stickers; "sample" (paper): k of 3..T is drawn for each, stills are clips of one frame, and both are padded to T.
+    texts: StickerTexts to draw from, if the number of texts must be finite.
     """
-    def __init__(self, sticker_set, latents, seed, batch, T=8, how="kmeans", k="sample", word_dropout=0.2, keywords=0.5):
-        self.set, (self.mean, self.logvar) = sticker_set, latents
+    def __init__(self, sticker_set, latents, seed, batch, T=8, how="kmeans", k="sample", word_dropout=0.2, keywords=0.5, texts=None):
+        self.set, self.texts, (self.mean, self.logvar) = sticker_set, texts, latents
         self.seed, self.batch, self.T, self.how, self.k = seed, batch, T, how, k
         self.word_dropout, self.keywords = word_dropout, keywords
         if not len(sticker_set):
@@ -1250,7 +1354,7 @@ class ClipDataset(torch.utils.data.Dataset):
         index = int(ids[int(rng.integers(len(ids)))])
         record = self.set.records[index]
         idx = choose_frames(record, rng, T, self.how, T if T == 1 or self.k == "step" else None)
-        text = text_for(record, rng, self.word_dropout, self.keywords)
+        text = self.texts.draw(record, index, rng) if self.texts else text_for(record, rng, self.word_dropout, self.keywords)
         places = record["first"] + np.asarray(idx)
         mean, logvar = (np.asarray(x[places], np.float32) for x in (self.mean, self.logvar))
         z = np.zeros((T, *mean.shape[1:]), np.float32)

@@ -135,7 +135,7 @@ class Run:
         self.folder, self.args, self.model = Path(folder), args, Path(folder) / "model.safetensors"
         if not self.model.is_file():
             raise UserError(f"--run {folder}: no model.safetensors there; train one with `python train.py --out {folder}`")
-        self.sampler = Sampler(self.model, args.vae)
+        self.sampler = Sampler(self.model, args.vae, clip_weights=args.clip_weights)
         self.sources = code_of("data.py", "model.py", "sample.py")
         self.sources["model"] = file_hash(self.model)
 
@@ -429,7 +429,7 @@ TABLES = {  # tasks with the key of the paper's numbers, and what a row's runs a
                                              "DFGN + DDU": dict(SPEC, curriculum="none"), "DFGN + DDU + DCL": SPEC}),
     "4": (dict(it2v="table4_curriculum_it2v"), {"RDTF w/o CL": dict(SPEC, curriculum="none"), "RDTF w/ LCL": dict(SPEC, curriculum="linear"), "RDTF w/ DCL": SPEC})}
 WITHOUT_DDU = dict(tasks=["it2v"], frames="full", still_share=0.0)   # one task on whole clips: no use of dual masks
-WATCHED = ("seed", "out", "workers", "log_every", "save_every", "set", "data", "vae", "stage")   # no choice of a method; what data and VAE hold is in "inputs"
+WATCHED = ("seed", "out", "workers", "log_every", "save_every", "set", "data", "vae", "clip_weights", "stage")   # no choice of a method; what data and VAE hold is in "inputs"
 
 
 def find_runs(folders):
@@ -929,6 +929,7 @@ def parse(argv):
     parser.add_argument("--run", default="runs/dfgn", help="folder with model.safetensors (default: %(default)s)")
     parser.add_argument("--runs", nargs="+", default=[], metavar="DIR", help="of --table: run folders, or folders of run folders")
     parser.add_argument("--vae", help="default: the file that the model was trained with")
+    parser.add_argument("--clip-weights", metavar="FILE", help="text tower that the model was trained with, if it was with one (default: the file of then); not the --clip of the CLIP metric")
     parser.add_argument("--data", default="data/fluent", help="prepared set (default: %(default)s)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
     parser.add_argument("--groups", nargs="+", help="emoji groups to evaluate on; default: all")
@@ -942,7 +943,7 @@ def parse(argv):
     weights.add_argument("--i3d-eps", type=float, help="of its batch norm (default: 1e-3, as in TensorFlow; 1e-5: comparable with VideoGPT's port)")
     weights.add_argument("--i3d-frames", choices=("loop", "pingpong", "hold", "pad"), default="loop", help="how 8 frames become 16 (default: %(default)s)")
     weights.add_argument("--dover", metavar="FILE", help="DOVER.pth, for VQA")
-    weights.add_argument("--clip", metavar="FILE", help="open_clip weights, or a folder with open_clip_config.json")
+    weights.add_argument("--clip", metavar="FILE", help="open_clip weights, or a folder with open_clip_config.json, for the CLIP metric; of the model's own text tower: --clip-weights")
     weights.add_argument("--clip-model", default="ViT-H-14", help="open_clip's name of that model (default: %(default)s)")
     weights.add_argument("--judge", metavar="FILE", help=f"of R@1-local (default: {JUDGE} where it is there and was fitted to --data)")
     sampling = parser.add_argument_group("sampling; defaults as in sample.py: the paper's, or the mini preset's own")

@@ -26,7 +26,7 @@ from scipy.special import gammaln
 
 from data import UserError, even_frames, tokenize
 from model import count_words
-from train import file_hash, fit_weights, is_torchscript, read_model, read_weights, save_model
+from train import file_hash, find_clip, fit_weights, is_torchscript, read_model, read_weights, save_model
 
 PSNR_CAP = 50.0                                  # dB: a frame that is copied and did not move would have an infinite one
 
@@ -507,11 +507,7 @@ class CLIPRows:
     def __init__(self, path, model="ViT-H-14", T=8, device="cpu"):
         import open_clip
         self.path, self.model, self.device, self.batch = path, f"local-dir:{path}" if Path(path).is_dir() else model, device, 4
-        weights = next((f for f in sorted(Path(path).glob("open_clip_*")) if f.suffix in (".safetensors", ".bin")), None) if Path(path).is_dir() else Path(path)
-        if weights is None or not weights.is_file():
-            raise UserError(f"--clip {path}: no such file, or a folder without open_clip_config.json and open_clip_model.safetensors")
-        if not Path(path).is_dir() and model not in open_clip.list_models():
-            raise UserError(f"--clip-model {model}: not a model of open_clip, such as ViT-H-14, ViT-B-32 or ViT-L-14-quickgelu")
+        weights, _ = find_clip(path, model, "--clip")
         try:
             self.net, _, self.prepare = open_clip.create_model_and_transforms(self.model, pretrained=None, load_weights=False, device="cpu")
             open_clip.load_checkpoint(self.net, str(weights), weights_only=not is_torchscript(weights))

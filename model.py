@@ -444,6 +444,43 @@ class TextEncoder(nn.Module):
         return self.norm_out(x), mask
 
 
+TOWER_PARTS = ("text.", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
+
+
+class TextTower(nn.Module):
+    """The text transformer of an open_clip model, frozen: its last block at all positions, normalised, not projected.
+
+    config: open_clip's of the model; ValueError for one with another tokenizer than data.tokenize. The weights are to be loaded with
+    assign=True, named as tower_weights names them: until then the parameters are on the meta device and cost no memory."""
+
+    def __init__(self, config):
+        super().__init__()
+        from open_clip.model import _build_text_tower
+        text = config["text_cfg"]
+        for name in ("hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "embed_cls"):
+            if text.get(name):
+                raise ValueError(f"its text_cfg has {name}={text[name]!r}; towers on CLIP's own tokens can be used")
+        if text.get("context_length", 77) != 77 or text.get("vocab_size", END + 1) != END + 1:
+            raise ValueError(f"it reads {text.get('context_length', 77)} tokens of {text.get('vocab_size', END + 1)}, not 77 of {END + 1}")
+        with torch.device("meta"):
+            self.text = _build_text_tower(config["embed_dim"], text, config.get("quick_gelu", False))
+        self.text.text_projection, self.width = None, self.text.width
+        if self.text.attn_mask is not None:
+            self.text.attn_mask = torch.full((77, 77), -torch.inf).triu(1)
+
+    def forward(self, tokens):
+        """tokens (B, 77) int64 -> features (B, 77, width)."""
+        x = self.text.token_embedding(tokens) + self.text.positional_embedding
+        return self.text.ln_final(self.text.transformer(x, attn_mask=self.text.attn_mask))
+
+
+def tower_weights(weights):
+    """{name: float32 tensor} of a TextTower from an open_clip model's weights, whose text part has names of its own or lies under "text."."""
+    custom = {k: v for k, v in weights.items() if k.startswith("text.")}
+    named = custom or {f"text.{k}": v for k, v in weights.items()}
+    return {k: v.float() for k, v in named.items() if not k.startswith(("text.text_projection", "text.attn_mask"))}
+
+
 def count_words(tokens, buckets, hashes=3):
     """How often each word (token), and each pair of neighbouring words, stands in captions (B, L) -> (B, buckets) float32.
 
@@ -791,6 +828,8 @@ class RDTF(nn.Module):
             raise ValueError("dfgn.gate needs diffusion.prediction=v")
         if config.text.kind not in ("small", "open_clip"):
             raise ValueError(f"text kind {config.text.kind!r} is unknown")
+        if config.text.kind == "open_clip" and config.text.buckets:
+            raise ValueError(f"text.buckets is {config.text.buckets}; with text.kind=open_clip captions have no pictures, it must be 0")
         for ours, a, theirs, b in (("vae.channels", config.vae.channels, "dfgn.channels", config.dfgn.channels),
                                    ("text.width", config.text.width, "dfgn.text_width", config.dfgn.text_width)):
             if a != b:

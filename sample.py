@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import (TASKS, UserError, check_sheet, contact_sheet, even_frames, nearest_given, read_animation, run_cli, square, to_rgba, to_tensor,
                   tokenize, webp_alpha, write_animation)
-from train import file_hash, load_model
+from train import file_hash, load_model, tower_of
 
 PLATFORMS = {  # file type, side in pixels, bytes, seconds
     "whatsapp": (".webp", 512, 450_000, 10), "signal": (".png", 512, 300_000, 3), "discord": (".png", 320, 512_000, 60)}
@@ -37,9 +37,9 @@ def defaults(preset, given):
 
 
 class Sampler:
-    """A trained network with its VAE. `sample` is what evaluate.py calls, too."""
+    """A trained network with its VAE and, if it was trained with one, its text tower. `sample` is what evaluate.py calls, too."""
 
-    def __init__(self, model, vae=None, device=None):
+    def __init__(self, model, vae=None, device=None, clip_weights=None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         net, self.meta = load_model(model, "dfgn")
         vae = vae or self.meta["vae_file"]
@@ -47,6 +47,8 @@ class Sampler:
         if file_hash(vae) != self.meta["vae"]:
             raise UserError(f"--vae {vae}: not the VAE that {model} was trained with (SHA-256 {self.meta['vae'][:12]}...)")
         self.net, self.vae, self.config = net.to(self.device), decoder.to(self.device), net.config
+        tower = tower_of(model, self.meta, clip_weights, net.config.text.width)
+        self.tower = tower.to(self.device) if tower else None
         self.T, self.size = net.config.frames, net.config.vae.size
 
     def settings(self, given, **changes):
@@ -71,7 +73,7 @@ class Sampler:
             given = mask.bool()
             known[given] = self.vae.encode(self.vae.images(x[given])).cpu()
         rngs = [np.random.default_rng(s) for s in seeds]
-        z = ddim(self.net, tokenize(prompts), known.to(self.device), mask.to(self.device), rngs, **d)
+        z = ddim(self.net, tokenize(prompts), known.to(self.device), mask.to(self.device), rngs, tower=self.tower, **d)
         y = self.vae.decode(z.flatten(0, 1)).unflatten(0, (B, self.T)).float().cpu()
         if mask.any():
             decoded = torch.zeros_like(y)
@@ -139,14 +141,15 @@ def ddim_step(diffusion, z_t, eps, t, t_next, eta, noise):
     return a_next ** 0.5 * z0 + max(1 - a_next - sigma ** 2, 0.0) ** 0.5 * eps + sigma * noise
 
 
-def ddim(net, tokens, known, cond_mask, rngs, steps, eta, text_scale, image_scale, spacing="uniform"):
-    """Latents (B, T, c, h, w) from noise. known, cond_mask as in RDTF.eps; rngs: one numpy Generator a sample."""
+def ddim(net, tokens, known, cond_mask, rngs, steps, eta, text_scale, image_scale, spacing="uniform", tower=None):
+    """Latents (B, T, c, h, w) from noise. known, cond_mask as in RDTF.eps; rngs: one numpy Generator a sample; tower: what net's text features are of."""
     device = known.device
     draw = lambda: net.diffusion.mix_noise(*(torch.from_numpy(np.stack([g.standard_normal(s, np.float32) for g in rngs])).to(device)
                                              for s in (tuple(known.shape[1:]), (1, *known.shape[2:]))))
     any_text = bool((tokens[:, 2:] != 0).any())  # more than start and end
     terms = branches(text_scale, image_scale, any_text, bool(cond_mask.any()))
-    both = net.encode_text(torch.cat([tokens, tokenize([""] * len(tokens))]).to(device))  # one call: one length
+    both = torch.cat([tokens, tokenize([""] * len(tokens))]).to(device)  # one call: one length
+    both = net.encode_text(tower(both) if tower else both)
     text, empty = (tuple(x[i * len(tokens):(i + 1) * len(tokens)] if x is not None else None for x in both) for i in (0, 1))
     z, order = draw(), timesteps(net.config.diffusion.steps, steps, spacing)
     for t, t_next in zip(order, [*order[1:], -1]):
@@ -231,6 +234,7 @@ def parse(argv):
     parser.add_argument("--task", choices=TASKS, help="default: it2v or i2v with --image, interpolation with --frames, else t2v")
     parser.add_argument("--model", default="runs/dfgn/model.safetensors")
     parser.add_argument("--vae", help="default: the file that the model was trained with")
+    parser.add_argument("--clip-weights", help="open_clip weights of the text tower, if the model was trained with one (default: where they were then)")
     parser.add_argument("--num", type=int, default=1, help="stickers per prompt")
     parser.add_argument("--batch", type=int, default=8, help="stickers made at once; changes nothing but speed and memory")
     parser.add_argument("--seed", type=int, default=0)
@@ -277,7 +281,7 @@ def main(argv=None):
     check_sheet(args.sheet)
     names = [slug(p) for p in args.prompt for _ in range(args.num)] or [Path(args.image or args.frames).stem + "-sticker"] * args.num
     paths = output_paths(args, names)
-    sampler = Sampler(args.model, args.vae)
+    sampler = Sampler(args.model, args.vae, clip_weights=args.clip_weights)
     task, frames, mask = read_given(args, sampler)
     prompts = ["" if task == "i2v" else p for p in args.prompt for _ in range(args.num)] or [""] * args.num
     clips = []

@@ -4,6 +4,7 @@
     python train.py --data data/fluent --vae runs/vae/model.safetensors --out runs/dfgn
     torchrun --nproc_per_node=2 train.py ...                      # CPU (gloo) or CUDA (nccl)
     python train.py --set dfgn.temporal=conv3d --out runs/conv3d  # any field of model.Config
+    torchrun --nproc_per_node=8 train.py --preset paper --data data/vsd2m --vae sd-vae.safetensors --clip-weights open_clip_pytorch_model.bin
 
 A run folder holds config.json, log.jsonl, state.pt (all that resuming needs), state.prev.pt (the one before) and
 model.safetensors (EMA weights, configuration in the metadata: what one shares).
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -34,9 +36,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from curriculum import Curriculum
-from data import (TASKS, ClipDataset, StepSampler, StickerSet, UserError, cond_mask, even_frames, fit_task, latents_ready, open_latents,
-                  rng_for, run_cli, text_for, to_tensor, tokenize, write_latents)
-from model import PRESETS, RDTF, SD_PARTS, SD_SCALE, SD_VAE, VAE, Config, sd_vae_weights
+from data import (TASKS, ClipDataset, StepSampler, StickerSet, StickerTexts, TextCache, UserError, cond_mask, even_frames, fit_task, latents_ready,
+                  open_latents, rng_for, run_cli, text_for, to_tensor, tokenize, write_latents)
+from model import PRESETS, RDTF, SD_PARTS, SD_SCALE, SD_VAE, TOWER_PARTS, VAE, Config, TextTower, sd_vae_weights, tower_weights
 
 
 @dataclass
@@ -48,6 +50,9 @@ class TrainConfig:
     preset: str = "mini"                  # tiny, mini, paper
     set: list = field(default_factory=list)  # fields of the preset to change, as part.field=value
     vae: str = "runs/vae/model.safetensors"  # VAE of the dfgn stage: of the vae stage, or Stable Diffusion's weights
+    clip_weights: str = ""                # text.kind=open_clip: open_clip's weights, a file or a folder with open_clip_config.json
+    clip_model: str = "ViT-H-14"          # open_clip's name of the model whose weights these are; a folder says it itself
+    text_variants: int = 4                # text.kind=open_clip: texts of a sticker, the caption and others as word_dropout and keywords draw them
     steps: int = 3000                     # optimiser steps
     batch: int = 4                        # global batch: clips (dfgn) or images (vae); a step of stills takes T times as many
     lr: float = 1e-3                      # peak learning rate
@@ -168,8 +173,10 @@ def some(names, most=3):
     return f"{len(names)} ({', '.join(sorted(names)[:most])}{', ...' if len(names) > most else ''})"
 
 
-def fit_weights(net, weights, option, path):
-    """Load strictly, in eval mode and frozen; UserError says which names and shapes are wrong. Counters of batch norm may be missing."""
+def fit_weights(net, weights, option, path, assign=False):
+    """Load strictly, in eval mode and frozen; UserError says which names and shapes are wrong. Counters of batch norm may be missing.
+
+    assign: the tensors themselves become the parameters, of a network on the meta device."""
     own = net.state_dict()
     weights = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **weights}
     wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in weights.items() if k in own and v.shape != own[k].shape]
@@ -177,7 +184,7 @@ def fit_weights(net, weights, option, path):
                                                           ("of another shape", wrong)) if names]
     if reasons:
         raise UserError(f"{option} {path}: not the weights of {type(net).__name__}: {'; '.join(reasons)}")
-    net.load_state_dict(weights)
+    net.load_state_dict(weights, assign=assign)
     return net.eval().requires_grad_(False)
 
 
@@ -232,6 +239,59 @@ def load_sd_vae(path):
     net = VAE(SD_VAE)
     statistics = dict(latent_mean=torch.zeros_like(net.latent_mean), latent_std=torch.full_like(net.latent_std, 1 / SD_SCALE))
     return fit_weights(net, {**weights, **statistics}, "--vae", path), dict(kind="vae", config=dict(vae=asdict(SD_VAE)), any_size=True)
+
+
+def find_clip(path, name, option):
+    """(file of weights, open_clip's configuration) of a local file and open_clip's name of its model, or of a folder that holds both."""
+    import open_clip
+    folder = Path(path).is_dir()
+    weights = next((f for f in sorted(Path(path).glob("open_clip_*")) if f.suffix in (".safetensors", ".bin")), None) if folder else Path(path)
+    if weights is None or not weights.is_file():
+        raise UserError(f"{option} {path}: no such file, or a folder without open_clip_config.json and open_clip_model.safetensors")
+    if folder:
+        try:
+            return weights, json.loads((Path(path) / "open_clip_config.json").read_text())["model_cfg"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{option} {path}: no open_clip_config.json with a model_cfg ({error!r})") from None
+    if name not in open_clip.list_models():
+        raise UserError(f"--clip-model {name}: not a model of open_clip, such as ViT-H-14, ViT-B-32 or ViT-L-14-quickgelu")
+    return weights, open_clip.get_model_config(name)
+
+
+def name_tower(path, name, width):
+    """dict(file, model, hash) of the text tower in an open_clip model's weights. UserError for one that has not this width, before anything slow."""
+    weights, config = find_clip(path, name, "--clip-weights")
+    try:
+        tower = TextTower(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--clip-weights {path}: this model's text tower cannot be used ({error})") from None
+    if tower.width != width:
+        raise UserError(f"--clip-weights {path}: a text tower of width {tower.width}, the preset's text.width is {width}")
+    made_of = json.dumps([file_hash(weights), config["text_cfg"], config.get("quick_gelu", False)], sort_keys=True)
+    return dict(file=str(path), model=name, hash=hashlib.sha256(made_of.encode()).hexdigest())
+
+
+def load_tower(path, name):
+    """The TextTower in an open_clip model's weights, float32; the model's other parts are not read."""
+    weights, config = find_clip(path, name, "--clip-weights")
+    if is_torchscript(weights):
+        raise UserError(f"--clip-weights {path}: a TorchScript archive, as OpenAI's are, which holds code; take the same model's weights as open_clip publishes them")
+    return fit_weights(TextTower(config), tower_weights(read_weights(weights, "--clip-weights", TOWER_PARTS)), "--clip-weights", path, assign=True)
+
+
+def tower_of(model, metadata, path, width):
+    """The TextTower that a DFGN was trained with, from `path` or else from where it was then; None if it has a text encoder of its own."""
+    trained = metadata.get("text")
+    if path and not trained:
+        raise UserError(f"--clip-weights {path}: {model} has a text encoder of its own; leave the option out")
+    if not trained:
+        return None
+    if not path and not Path(trained["file"]).exists():
+        raise UserError(f"{model}: trained with the text tower in {trained['file']}, which is not there; say with --clip-weights where it is now")
+    path = path or trained["file"]
+    if name_tower(path, trained["model"], width)["hash"] != trained["hash"]:
+        raise UserError(f"--clip-weights {path}: not the text tower that {model} was trained with")
+    return load_tower(path, trained["model"])
 
 
 def resolve_config(preset, changes):
@@ -382,6 +442,22 @@ def cache_latents(vae, vae_hash, data, world=1, batch=64):
     torch.set_num_threads(threads)
 
 
+@torch.no_grad()
+def cache_texts(tower, cache, texts, places, rank, world, device, batch=64):
+    """Encode the texts at these places, this rank its share of the files."""
+    size = max(cache.most // cache.row // batch, 1) * batch  # whole batches: a killed run's are made again alike
+    shares = [places[i:i + size] for i in range(0, len(places), size)][rank::world]
+    with tqdm(total=sum(map(len, shares)), desc="encoding texts", unit="text", disable=rank > 0, mininterval=2) as bar:
+        for share in shares:
+            share = [texts[k] for k in share]
+
+            def features():
+                for i in range(0, len(share), batch):
+                    yield tower(tokenize(share[i:i + batch]).to(device))
+                    bar.update(len(share[i:i + batch]))
+            cache.write(share, features())
+
+
 def draw_condition(config, p, step, n, real, T, timesteps):
     """(task number, condition mask (T,), whether the text is kept, timestep) of sample n of a step with `real` frames."""
     rng = rng_for(config.seed, step, n, 1)
@@ -411,21 +487,29 @@ class DFGNStage:
 
     def __init__(self, config, preset, rank, world, device, fresh):
         self.config, self.preset, self.rank, self.world, self.device = config, preset, rank, world, device
+        self.tower = self.texts = None
         if preset.text.kind == "open_clip":
-            raise UserError(f"--preset {preset.name}: text.kind=open_clip wants features of OpenCLIP's text tower, which this version cannot "
-                            f"make yet; train with --set text.kind=small")
+            if not config.clip_weights:
+                raise UserError(f"--preset {preset.name}: text.kind=open_clip wants the weights of an open_clip model; name a local file with --clip-weights")
+            self.tower = name_tower(config.clip_weights, config.clip_model, preset.text.width)
+        elif config.clip_weights:
+            raise UserError(f"--clip-weights {config.clip_weights}: preset {preset.name} trains a text encoder of its own; leave the option out, or add --set text.kind=open_clip")
+        if config.text_variants < 1:
+            raise UserError(f"--text-variants {config.text_variants}: must be at least 1")
         vae, self.vae_meta = load_model(config.vae, "vae")
         free = dict(size=preset.vae.size, kl_weight=preset.vae.kl_weight) if self.vae_meta.get("any_size") else {}
         if {**asdict(vae.config), **free} != asdict(preset.vae):
             raise UserError(f"--vae {config.vae}: trained as {vae.config}, preset {preset.name} wants {preset.vae}")
         self.vae_hash = file_hash(config.vae)
         self.stickers = training_set(config, preset)
-        self.inputs = dict(data=self.stickers.meta["hash"], vae=self.vae_hash)
+        self.inputs = dict(data=self.stickers.meta["hash"], vae=self.vae_hash, **(dict(clip_weights=self.tower["hash"]) if self.tower else {}))
         if rank == 0 and not latents_ready(config.data, self.vae_hash):
             cache_latents(vae.to(device), self.vae_hash, config.data, world)
         if world > 1:
             dist.barrier()
         self.vae = vae.cpu()
+        if self.tower:
+            self.prepare_texts()
         self.net = RDTF(preset)
         self.curriculum = Curriculum(config.curriculum, config.steps, config.pid_raw, config.tasks)
         if fresh and preset.text.buckets:
@@ -433,6 +517,28 @@ class DFGNStage:
         if fresh and preset.dfgn.gate:
             self.measure_data()
         self.net.to(device)
+
+    def prepare_texts(self):
+        """Open the cache of the tower's features; encode what it lacks, after which the tower is not in memory any more."""
+        c = self.config
+        self.texts = StickerTexts(self.stickers, c.text_variants, c.seed, c.word_dropout, c.keywords)
+        self.features = TextCache(c.data, self.tower["hash"], self.preset.text.width)
+        places = self.features.missing(self.texts)
+        need, free = len(places) * self.features.row, shutil.disk_usage(c.data).free
+        if need > free:
+            raise UserError(f"--text-variants {c.text_variants}: features of {len(places)} texts are {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {c.data}; "
+                            f"fewer variants need less")
+        if self.world > 1:
+            dist.barrier()  # all ranks must have seen the same texts missing
+        if len(places):
+            cache_texts(load_tower(c.clip_weights, c.clip_model).to(self.device), self.features, self.texts, places, self.rank, self.world, self.device)
+        if self.world > 1:
+            dist.barrier()
+        self.features.open()
+
+    def read(self, texts):
+        """What the network is given of B texts: tokens (B, L), or a tower's features (B, L, D)."""
+        return torch.from_numpy(self.features[texts]) if self.tower else tokenize(texts)
 
     def fit_pictures(self, most=4096, draws=6):
         """Fit the network's guess of a sticker's mean frame from its caption. The bare caption has half of the weight, as it is what users
@@ -457,7 +563,7 @@ class DFGNStage:
     def clips(self):
         c = self.config
         return ClipDataset(self.stickers, open_latents(c.data, self.vae_hash), c.seed, c.batch, self.preset.frames, c.how,
-                           "sample" if c.frames == "sample" else "step", c.word_dropout, c.keywords)
+                           "sample" if c.frames == "sample" else "step", c.word_dropout, c.keywords, self.texts)
 
     def batches(self, start):
         c, T = self.config, self.preset.frames
@@ -476,7 +582,7 @@ class DFGNStage:
         z = self.vae.standardise(torch.cat([it["z"] for it in items])).unflatten(0, (len(items), T))
         noise, shared = (torch.from_numpy(np.stack([g.standard_normal((frames, *z.shape[2:]), np.float32) for g in rngs])) for frames in (T, 1))
         loss_mask = torch.stack([it["loss_mask"] for it in items])
-        return dict(z0=z * loss_mask[:, :, None, None, None], tokens=tokenize([it["text"] if k else "" for it, k in zip(items, keep)]),
+        return dict(z0=z * loss_mask[:, :, None, None, None], tokens=self.read([it["text"] if k else "" for it, k in zip(items, keep)]),
                     t=torch.tensor(t), noise=self.net.diffusion.mix_noise(noise, shared), cond_mask=torch.from_numpy(np.stack(masks)), loss_mask=loss_mask, task=torch.tensor(task))
 
     def losses(self, net, batch):
@@ -485,7 +591,7 @@ class DFGNStage:
         return net(**{k: v.to(self.device, non_blocking=True) for k, v in batch.items()}), tags
 
     def finish(self, weights):
-        return weights, dict(vae=self.vae_hash, vae_file=str(self.config.vae))
+        return weights, dict(vae=self.vae_hash, vae_file=str(self.config.vae), **(dict(text=self.tower) if self.tower else {}))
 
 
 STAGES = {"vae": VAEStage, "dfgn": DFGNStage}
@@ -584,7 +690,7 @@ def train(config):
     stage = STAGES[config.stage](config, preset, rank, world, device, fresh=not started)
     for key, value in before.items():
         if stage.inputs[key] != value:
-            raise UserError(f"--{key} {getattr(config, key)}: not what {run} was started with (hash {stage.inputs[key][:12]}, was {value[:12]}); name another --out")
+            raise UserError(f"--{key.replace('_', '-')} {getattr(config, key)}: not what {run} was started with (hash {stage.inputs[key][:12]}, was {value[:12]}); name another --out")
     net = stage.net
     ema = {k: v.detach().clone() for k, v in net.state_dict().items()}
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True)

@@ -1,6 +1,7 @@
 """The scripts lie beside this folder; the tests import them by name. Here: one tiny prepared set, VAE and DFGN for all of them."""
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -73,6 +74,42 @@ def clip_folder(tmp_path_factory):
     torch.save(open_clip.CLIP(**TINY_CLIP).state_dict(), folder / "open_clip_pytorch_model.bin")
     (folder / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=TINY_CLIP, preprocess_cfg={})))
     return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whoever reaches for the network fails; loader processes may talk to each other."""
+    import socket
+    connect = socket.socket.connect
+
+    def local(self, address):
+        assert self.family == socket.AF_UNIX, f"the network was touched: {address}"
+        return connect(self, address)
+
+    def refuse(*address, **_):
+        raise AssertionError(f"the network was touched: {address}")
+    monkeypatch.setattr(socket.socket, "connect", local)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+TOWER_FIELDS = ("text.kind=open_clip", "text.width=32", "dfgn.text_width=32", "text.buckets=0")
+
+
+@pytest.fixture(scope="session")
+def tower_argv(stickers16, dfgn_argv, clip_folder, tmp_path_factory):
+    """A DFGN on the features of the tiny open_clip model; its set is a copy, caches of texts gather in it."""
+    copy = tmp_path_factory.mktemp("tower") / "set"
+    shutil.copytree(stickers16, copy)
+    return [*dfgn_argv, "--data", copy, "--clip-weights", clip_folder, "--log-every", 3, "--set", *TOWER_FIELDS]
+
+
+@pytest.fixture(scope="session")
+def tower_dfgn(tower_argv, tmp_path_factory):
+    """A run folder of it, 8 steps."""
+    run = tmp_path_factory.mktemp("tower_dfgn") / "dfgn"
+    run_train(*tower_argv, "--steps", 8, "--out", run)
+    return run
 
 
 def sd_vae_names():

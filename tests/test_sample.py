@@ -1,6 +1,7 @@
 """sample.py: DDIM in closed form, guidance by its definition, given frames untouched, files that other programs open."""
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import data
+import evaluate
 import sample
 import train
 from data import UserError, read_animation, tokenize
@@ -386,6 +388,40 @@ def test_a_vae_of_opaque_images_gives_opaque_stickers(tmp_path, stickers16, movi
         out = s.sample(["x"], [(0, 0)], steps=2, **given)
         assert out.shape == (1, 8, 16, 16, 4) and (out[:, 1:, ..., 3] == 255).all()
     assert np.array_equal(out[0, 0], frames[0])
+
+
+# ---- a frozen text tower
+
+def test_a_tower_reads_the_prompts(tower_dfgn, tiny_dfgn, clip_folder, tmp_path, run, no_network):
+    s = Sampler(tower_dfgn / "model.safetensors", device="cpu")
+    made = lambda s, *prompts: s.sample(prompts, [(0, 0)] * len(prompts), steps=2)
+    red, dog, red_again = made(s, "red heart", "a dog", "red heart")
+    assert np.array_equal(red, red_again) and not np.array_equal(red, dog)
+    moved = Path(shutil.copytree(clip_folder, tmp_path / "moved"))
+    assert np.array_equal(made(Sampler(tower_dfgn / "model.safetensors", device="cpu", clip_weights=moved), "red heart", "a dog", "red heart"), [red, dog, red])
+
+    context, _, picture = s.net.encode_text(s.tower(tokenize(["red heart", ""])))
+    assert context.shape == (2, 77, 32) and picture is None                    # what training reads from its cache
+    asked = []
+    s.net.encode_text = lambda features: asked.append(features) or type(s.net).encode_text(s.net, features)
+    made(s, "red heart")
+    assert torch.allclose(asked[0], context, atol=1e-5)                        # the prompt, and no text beside it
+
+    assert "red-heart.webp" in run("--model", tower_dfgn / "model.safetensors", "--prompt", "red heart", "--clip-weights", moved)
+    args = evaluate.parse(["--run", str(tower_dfgn), "--steps", "2", "--clip-weights", str(moved)])
+    assert evaluate.Run(tower_dfgn, args).made_for(["red heart", "a dog"]).shape == (2, 8, 16, 16, 4)
+    weights = torch.load(moved / "open_clip_pytorch_model.bin", weights_only=True)
+    torch.save({k: v * 1.01 for k, v in weights.items()}, moved / "open_clip_pytorch_model.bin")
+    net, meta = train.load_model(tower_dfgn / "model.safetensors", "dfgn")
+    meta["text"]["file"] = "gone.bin"
+    train.save_model(tmp_path / "lost.safetensors", net.state_dict(), **meta)
+    cases = [(tower_dfgn / "model.safetensors", moved, "--clip-weights .*moved: not the text tower that .* was trained with"),
+             (tower_dfgn / "model.safetensors", tmp_path / "none", "--clip-weights .*none: no such file"),
+             (tmp_path / "lost.safetensors", None, "lost.safetensors: trained with the text tower in gone.bin, which is not there; .*--clip-weights"),
+             (tiny_dfgn / "model.safetensors", moved, "--clip-weights .*moved: .* has a text encoder of its own")]
+    for model, path, said in cases:
+        with pytest.raises(UserError, match=said):
+            run("--model", model, "--prompt", "x", *(["--clip-weights", path] if path else []))
 
 
 # ---- what is refused

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import torch
 
 import data
 import train
-from conftest import run_train
+from conftest import TOWER_FIELDS, run_train
 from data import TASKS, UserError
 from model import PRESETS, RDTF, VAE, Config
 from train import TrainConfig, load_model, resolve_config
@@ -411,6 +413,200 @@ def test_cached_latents_are_the_vaes(tiny_dfgn, tiny_vae, stickers16):
     stickers = data.StickerSet(stickers16)
     want = vae.moments(data.to_tensor(np.array(stickers.frames[70:75])))
     assert np.allclose(mean[70:75], want[0], atol=2e-2, rtol=2e-3) and np.allclose(logvar[70:75], want[1], atol=2e-2, rtol=2e-3)
+
+
+# ---- a frozen text tower
+
+def set_of(argv):
+    """Where the last --data lies."""
+    return Path(argv[len(argv) - argv[::-1].index("--data")])
+
+
+def full_features(net, texts):
+    """Token features by a whole open_clip model's own parts."""
+    text = getattr(net, "text", net)
+    with torch.no_grad():
+        return text.ln_final(text.transformer(text.token_embedding(data.tokenize(texts)) + text.positional_embedding, attn_mask=text.attn_mask))
+
+
+def test_a_tower_trains_without_network_and_resumes_bit_for_bit(tower_argv, tower_dfgn, clip_folder, tmp_path, monkeypatch, no_network):
+    import open_clip
+    argv = options(tower_argv[:-1 - len(TOWER_FIELDS)], steps=8) + tower_argv[-1 - len(TOWER_FIELDS):]
+    folder, = set_of(tower_argv).glob("text-*")
+    shutil.rmtree(folder)                                              # made again, without network
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        run_train(*argv, "--out", tmp_path / "parts")
+    assert state_of(tmp_path / "parts")["step"] == 5
+    run_train(*argv, "--out", tmp_path / "parts", "--workers", 1)
+    assert_same(state_of(tower_dfgn), state_of(tmp_path / "parts"))
+    assert log_of(tower_dfgn) == log_of(tmp_path / "parts")
+
+    inputs = json.loads((tower_dfgn / "config.json").read_text())["inputs"]
+    net, meta = load_model(tower_dfgn / "model.safetensors", "dfgn")
+    assert meta["text"] == dict(file=str(clip_folder), model="ViT-H-14", hash=inputs["clip_weights"]) and folder.name == f"text-{inputs['clip_weights'][:12]}"
+    assert net.text is None and not any("text." in name for name in net.state_dict())                 # the tower is in no checkpoint
+    stickers = data.StickerSet(set_of(tower_argv), "train")
+    cache, texts = data.TextCache(set_of(tower_argv), inputs["clip_weights"], 32), data.StickerTexts(stickers, 4, 0, 0.2, 0.5)
+    everything = [*texts]
+    assert len(everything) == len(texts) == 1 + 4 * len(stickers) and not len(cache.missing(texts)) and len(cache.keys) == len(set(everything))
+    whole = open_clip.create_model(f"local-dir:{clip_folder}", weights_only=True).eval()
+    for some in (everything[:70], ["", stickers.records[3]["caption"]]):
+        assert np.allclose(cache[some], full_features(whole, some), atol=2e-3) and cache[some].dtype == np.float32
+    with pytest.raises(UserError, match="text-.*lacks features"):
+        cache[["", "a text of nobody"]]
+
+
+def test_variants_of_texts(stickers16):
+    stickers = data.StickerSet(stickers16, "train")
+    texts = data.StickerTexts(stickers, 3, 0, 0.2, 0.5)
+    everything = [*texts]
+    assert everything == [texts[k] for k in range(len(texts))] and everything[0] == ""
+    assert everything[1::3] == [r["caption"] for r in stickers.records]
+    drawn = everything[2::3] + everything[3::3]
+    assert any("#" in t for t in drawn) and any("," in t for t in drawn) and everything[2::3] != everything[3::3]
+    assert [*data.StickerTexts(stickers, 3, 1, 0.2, 0.5)] != everything and [*data.StickerTexts(stickers, 2, 0, 0.2, 0.5)][2::2] == everything[2::3]
+    rng, record = np.random.default_rng(0), stickers.records[5]
+    counts = Counter(texts.draw(record, 5, rng) for _ in range(600))
+    assert set(counts) == set(everything[16:19]) and all(n > 150 * everything[16:19].count(t) for t, n in counts.items())
+    latents = (np.zeros((stickers.meta["frames"], 4, 2, 2), np.float16),) * 2
+    finite, free = (data.ClipDataset(stickers, latents, 0, 4, texts=t) for t in (texts, None))
+    for n in range(20):
+        item = finite[3, n, 4]
+        assert item["text"] in everything[1 + 3 * item["index"]:4 + 3 * item["index"]] and free[3, n, 4]["index"] == item["index"]
+
+
+class TowerOfOnes(torch.nn.Module):
+    """Says what it was asked; stops at batch `last`."""
+    def __init__(self, last=100):
+        super().__init__()
+        self.seen, self.last = [], last
+
+    def forward(self, tokens):
+        if len(self.seen) == self.last:
+            raise KeyboardInterrupt
+        self.seen.append(len(tokens))
+        return torch.ones(len(tokens), 77, 8) * tokens[:, 1:2, None] / 1000
+
+
+def test_a_text_cache_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    texts = ["", *(f"{i} cats" for i in range(60)), "7 cats"]
+    monkeypatch.setattr(data.TextCache, "most", 77 * 8 * 2 * 20)
+    tower, cache = TowerOfOnes(last=5), data.TextCache(tmp_path, "f" * 64, 8)
+    assert cache.missing(texts).tolist() == list(range(61))             # the second "7 cats" is the first
+    with pytest.raises(KeyboardInterrupt):
+        train.cache_texts(tower, cache, texts, cache.missing(texts), 0, 1, "cpu", batch=8)
+    cache.open()
+    assert cache.missing(texts).tolist() == list(range(32, 61))          # 16 a file: two whole batches below the limit
+    for rank in (1, 0):                                                # a share each of two ranks
+        train.cache_texts(tower := TowerOfOnes(), cache, texts, range(32, 61), rank, 2, "cpu", batch=8)
+        assert tower.seen == [[8, 8], [8, 5]][rank]
+    cache.open()
+    assert not len(cache.missing(texts)) and len(cache.shards) == 4 and all(s.nbytes <= cache.most for s in cache.shards)
+    want = data.tokenize(texts)[:, 1] / 1000
+    assert np.allclose(cache[texts], np.broadcast_to(want[:, None, None], (62, 77, 8)), rtol=1e-3)
+    assert np.array_equal(cache[["9 cats", ""]], cache[texts][[10, 0]])
+    path = next(cache.folder.glob("*.bin"))
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(UserError, match=f"{path}: missing or of the wrong length"):
+        data.TextCache(tmp_path, "f" * 64, 8)
+
+
+def test_every_layout_of_open_clips_weights_gives_the_same_tower(clip_folder, tmp_path, no_network):
+    import open_clip
+    from conftest import TINY_CLIP
+    from safetensors.torch import save_file
+    whole = open_clip.create_model(f"local-dir:{clip_folder}", weights_only=True).eval()
+    weights = whole.state_dict()
+    text = {k: v for k, v in weights.items() if k.startswith(("token_embedding", "positional", "transformer", "ln_final", "text_projection"))}
+    custom = {**{f"text.{k}": v for k, v in text.items()}, **{k: v for k, v in weights.items() if k not in text}}
+    assert custom.keys() == open_clip.CustomTextCLIP(**TINY_CLIP).state_dict().keys()
+    want, texts = full_features(whole, ["red heart", "", "a # dog"]), data.tokenize(["red heart", "", "a # dog"])
+    hashes = set()
+    for name, saved in dict(plain=weights, custom=custom, half={k: v.half() for k, v in custom.items()}).items():
+        for suffix in (".bin", ".safetensors"):
+            folder = tmp_path / (name + suffix)
+            folder.mkdir()
+            (folder / "open_clip_config.json").write_text((clip_folder / "open_clip_config.json").read_text())
+            torch.save(saved, folder / "open_clip_model.bin") if suffix == ".bin" else save_file(saved, folder / "open_clip_model.safetensors")
+            tower = train.load_tower(folder, "ViT-H-14")
+            assert not any(p.requires_grad or p.is_meta or p.dtype != torch.float32 for p in tower.parameters()) and not tower.training
+            assert not any("visual" in k or "projection" in k for k in tower.state_dict())
+            with torch.no_grad():
+                assert torch.allclose(tower(texts), want, atol=1e-2 if name == "half" else 1e-5)
+            hashes.add(train.name_tower(folder, "x", 32)["hash"])
+    assert len(hashes) == 6 and train.name_tower(clip_folder, "x", 32)["hash"] not in hashes
+    changed = Path(shutil.copytree(clip_folder, tmp_path / "quick"))
+    (changed / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=dict(TINY_CLIP, quick_gelu=True))))
+    assert train.name_tower(changed, "x", 32)["hash"] != train.name_tower(clip_folder, "x", 32)["hash"]                              # the same file, another network
+    with torch.no_grad():
+        assert (train.load_tower(changed, "x")(texts) - want).abs().max() > 1e-4
+
+
+def test_towers_that_cannot_be_used(tower_argv, dfgn_argv, tiny_dfgn, clip_folder, tmp_path, no_network):
+    from conftest import TINY_CLIP
+    argv, fields = options(tower_argv[:-1 - len(TOWER_FIELDS)], steps=1, out=tmp_path / "run"), list(TOWER_FIELDS)
+
+    def folder(name, weights=None, **text):
+        out = tmp_path / name
+        out.mkdir()
+        (out / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=dict(TINY_CLIP, text_cfg=dict(TINY_CLIP["text_cfg"], **text)))))
+        torch.save(weights or torch.load(clip_folder / "open_clip_pytorch_model.bin", weights_only=True), out / "open_clip_pytorch_model.bin")
+        return out
+    (tmp_path / "empty").mkdir()
+    bare = folder("bare")
+    (bare / "open_clip_config.json").unlink()
+    with zipfile.ZipFile(tmp_path / "ViT-L-14.pt", "w") as archive:
+        archive.writestr("ViT-L-14/code/__torch__.py", "")
+    cases = [(fields, dict(clip_weights=tmp_path / "none.bin"), "--clip-weights .*none.bin: no such file"),
+             (fields, dict(clip_weights=tmp_path / "empty"), "--clip-weights .*empty: no such file, or a folder without open_clip_config.json"),
+             (fields, dict(clip_weights=bare), "--clip-weights .*bare: no open_clip_config.json"),
+             (fields, dict(clip_weights=clip_folder / "open_clip_pytorch_model.bin", clip_model="hf-hub:some/model"), "--clip-model hf-hub:some/model: not a model"),
+             (fields, dict(clip_weights=clip_folder / "open_clip_pytorch_model.bin"), "a text tower of width 1024, the preset's text.width is 32"),
+             (fields, dict(clip_weights=folder("hf", hf_model_name="roberta-base")), "cannot be used .*hf_model_name='roberta-base'"),
+             (fields, dict(clip_weights=folder("short", context_length=32)), "32 tokens of 49408, not 77"),
+             (fields, dict(clip_weights=folder("deep", layers=3)), r"not the weights of TextTower: missing 12 \(text.transformer.resblocks.2"),
+             (fields, dict(clip_weights=folder("other", weights={"text_model.embeddings.position_ids": torch.ones(1)})), "no weights by name that begins with text., "),
+             (["text.kind=open_clip", "text.width=512", "dfgn.text_width=512", "text.buckets=0"], dict(clip_weights=tmp_path / "ViT-L-14.pt", clip_model="ViT-B-32-quickgelu"), "TorchScript archive"),
+             ([*fields[:3], "text.buckets=64"], {}, "text.buckets is 64; with text.kind=open_clip"),
+             (fields, dict(clip_weights=""), "--preset tiny: text.kind=open_clip wants .* --clip-weights"),
+             (fields, dict(text_variants=0), "--text-variants 0")]
+    for sets, change, said in cases:
+        with pytest.raises(UserError, match=said):
+            run_train(*options(argv, **change), "--set", *sets)
+        assert not (tmp_path / "run").exists(), said
+    with pytest.raises(UserError, match="--clip-weights .*preset tiny trains a text encoder of its own"):
+        run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", clip_weights=clip_folder))
+
+
+def test_texts_that_do_not_fit_the_disk(tower_argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 10 ** 5))
+    with pytest.raises(UserError, match=r"--text-variants 9: features of \d+ texts are 0.\d GB, 0.0 GB are free"):
+        run_train(*tower_argv, "--steps", 1, "--seed", 5, "--text-variants", 9, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_seed_adds_its_texts(tower_argv, tower_dfgn, tmp_path, monkeypatch):
+    folder, = set_of(tower_argv).glob("text-*")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    loaded, plain = [], train.load_tower
+    monkeypatch.setattr(train, "load_tower", lambda *a: loaded.append(a) or plain(*a))
+    run_train(*tower_argv, "--steps", 1, "--out", tmp_path / "same")
+    assert not loaded                                                  # nothing to encode: the tower stays on disk
+    run_train(*tower_argv, "--steps", 1, "--seed", 9, "--out", tmp_path / "other")
+    assert len(loaded) == 1 and before.items() < {p.name: p.read_bytes() for p in folder.iterdir()}.items()
+
+
+def test_a_run_is_not_resumed_with_another_tower_of_the_same_name(tower_argv, clip_folder, tmp_path, monkeypatch):
+    tower = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    argv = [*tower_argv, "--steps", 4, "--out", tmp_path / "run", "--clip-weights", tower]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1)
+        run_train(*argv)
+    weights = torch.load(tower / "open_clip_pytorch_model.bin", weights_only=True)
+    torch.save({k: v * 1.01 for k, v in weights.items()}, tower / "open_clip_pytorch_model.bin")
+    with pytest.raises(UserError, match="--clip-weights .*clip: not what .*run was started with"):
+        run_train(*argv)
 
 
 # ---- Stable Diffusion's VAE
