@@ -5,6 +5,7 @@
     python data.py folder DIR                    any folder of GIF, WebP, APNG, PNG, JPEG files    -> data/folder
     python data.py synthetic                     captioned moving shapes, no network needed        -> data/synthetic
     python data.py bench                         clips/s: decoding on the fly, prepared frames, latent cache
+    python data.py bench --ingest                what preparing costs beside decoding, by one worker and two, and its memory
 
 Key frames: paper Fig. 3 and Table 6. Condition masks: paper Table 7. Stickers: @lobehub/fluent-emoji-anim (MIT),
 labels and keywords: emojibase-data (MIT).
@@ -1438,7 +1439,7 @@ def write_manifest(path, files, lines):
                                            eng_cap=f"a small picture of the thing that has the number {i}", llava_wx_chn_cap="")) + "\n")
 
 
-def bench_ingest(packages, count=384, rounds=2, lines=(10_000, 100_000)):
+def bench_ingest(packages, count=384, rounds=3, lines=(10_000, 100_000)):
     """Print what preparing costs beside Pillow's decoding, what a second worker gains, and the peak memory of long manifests."""
     with tempfile.TemporaryDirectory() as temporary:
         root, manifest = Path(temporary), Path(temporary) / "manifest.jsonl"

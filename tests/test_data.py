@@ -197,6 +197,15 @@ def test_thinning_keeps_the_total_duration_and_the_asked_frames(tmp_path):
     assert len(data.thin(90, 24, range(60))) == 24
 
 
+def test_frames_after_the_last_kept_one_are_not_decoded_but_last(tmp_path, monkeypatch):
+    frames, loaded, plain = moving_square(10, (21, 40)), [], data.load_frame
+    data.write_animation(tmp_path / "a.webp", frames, list(range(10, 110, 10)))
+    assert data.webp_durations((tmp_path / "a.webp").read_bytes()) == list(range(10, 110, 10))
+    monkeypatch.setattr(data, "load_frame", lambda image, i, first: loaded.append(i) or plain(image, i, first))
+    _, times = data.read_animation(tmp_path / "a.webp", 2)
+    assert loaded == list(range(6)) and times == [150, 400]
+
+
 def test_square_pads_in_the_middle_and_has_no_dark_fringe():
     frames = np.zeros((1, 40, 80, 4), np.uint8)
     frames[:, :, :37] = RED
@@ -1032,3 +1041,10 @@ def test_bench(packages, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "latents-aaaa" in said and said.count("clips/s") == 3
     assert "gone" in refused(capsys, "bench", "--data", packages / "gone")
+
+
+def test_bench_of_preparing(packages, capsys, monkeypatch):
+    monkeypatch.setitem(data.FLUENT, 3, data.FLUENT[2])
+    data.bench_ingest(packages / "npm", count=2, rounds=1, lines=(20, 40))
+    said = capsys.readouterr().out
+    assert "2 stickers, 18 frames to decode" in said and said.count("times 1 worker") == 2 and "40 lines in" in said
