@@ -16,9 +16,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils.checkpoint import checkpoint
 
 
 END = 49407                               # open_clip's token after a caption
+LEAN = 2 ** 19                            # elements of a tensor from which on memory counts for more than time
 
 
 # ------------------------------------------------------------------------------------------------ configs
@@ -124,6 +126,40 @@ def zero_(module):
     return module
 
 
+def lean(function, *inputs):
+    """function(*inputs), of which autograd keeps the inputs alone. What the function works out before its last product is worked out
+    again in the backward pass, the last product itself is not: norms and activations are cheap, and most of the memory. Small tensors are
+    kept as they come."""
+    if not torch.is_grad_enabled() or inputs[0].numel() < LEAN:
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+class Linear(nn.Linear):
+    """nn.Linear. On a CPU a wide one goes as a 1 x 1 convolution over rows: oneDNN's is 1.1 to 1.2 times as fast as the BLAS product."""
+
+    def forward(self, x):
+        if x.device.type != "cpu" or self.in_features < 256 or x.numel() < 64 * self.in_features:
+            return super().forward(x)
+        rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)  # (1, C, rows, 1), channels last
+        return F.conv2d(rows, self.weight[:, :, None, None], self.bias).permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+
+
+class Conv(nn.Conv2d):
+    """3 x 3 convolution, padded by 1. On a CPU, where an image has fewer cells than channels (the weights are most of what is read), it
+    goes as one product: up to 2.5 times as fast there."""
+
+    def __init__(self, cin, cout, stride=1):
+        super().__init__(cin, cout, 3, stride=stride, padding=1)
+
+    def forward(self, x):
+        if x.device.type != "cpu" or x[:, 0].numel() >= self.in_channels:
+            return super().forward(x)
+        step = self.stride[0]
+        patches = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).unfold(1, 3, step).unfold(2, 3, step)  # (N, h, w, C, 3, 3)
+        return F.linear(patches.flatten(3), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2).contiguous()
+
+
 def attend(q, k, v, mask=None):
     """Attention of q (N, heads, Lq, d) over k, v (N, heads, Lk, d); mask (N, Lk) bool, True = may be seen.
 
@@ -131,10 +167,12 @@ def attend(q, k, v, mask=None):
     if mask is not None:
         mask = mask[:, None, None, :]
     if q.device.type == "cpu" and k.shape[2] <= 256:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        heads = q.shape[1]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        scores = torch.baddbmm(q.new_zeros(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=q.shape[-1] ** -0.5)
         if mask is not None:
-            scores = scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(-1) @ v
+            scores = scores.masked_fill(~mask.expand(-1, heads, -1, -1).flatten(0, 1), -torch.inf)
+        return torch.bmm(scores.softmax(-1), v).unflatten(0, (-1, heads))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
@@ -145,27 +183,31 @@ class Attention(nn.Module):
         super().__init__()
         inner = heads * head_dim
         self.heads = heads
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(context_width or width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width)
+        self.to_q = Linear(width, inner, bias=False)
+        self.to_kv = Linear(context_width or width, 2 * inner, bias=False)
+        self.to_out = Linear(inner, width)
 
-    def forward(self, x, context=None, mask=None):
-        """x (N, L, width), context (N, Lk, context_width), mask (N, Lk) -> (N, L, width)."""
+    def forward(self, x, context=None, mask=None, norm=nn.Identity()):
+        """x (N, L, width), seen through `norm`, context (N, Lk, context_width), mask (N, Lk) -> (N, L, width)."""
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, d)
-        k, v = self.to_kv(x if context is None else context).chunk(2, dim=-1)
-        out = attend(split(self.to_q(x)), split(k), split(v), mask)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        q = lean(lambda x: self.to_q(norm(x)), x)
+        k, v = (self.to_kv(context) if context is not None else lean(lambda x: self.to_kv(norm(x)), x)).chunk(2, dim=-1)
+        return self.to_out(attend(split(q), split(k), split(v), mask).transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
     def __init__(self, width, mult):
         super().__init__()
-        self.up = nn.Linear(width, 2 * mult * width)
-        self.down = nn.Linear(mult * width, width)
+        self.up = Linear(width, 2 * mult * width)
+        self.down = Linear(mult * width, width)
 
-    def forward(self, x):
-        value, gate = self.up(x).chunk(2, dim=-1)
+    def gated(self, x):
+        value, gate = x.chunk(2, dim=-1)
         return self.down(value * F.gelu(gate))
+
+    def forward(self, x, norm=nn.Identity()):
+        """x (..., width), seen through `norm` -> the same shape."""
+        return lean(self.gated, lean(lambda x: self.up(norm(x)), x))
 
 
 def sinusoid(positions, width):
@@ -439,8 +481,8 @@ class TextEncoder(nn.Module):
         mask = tokens != 0
         x = self.token(tokens) + self.position[: tokens.shape[1]]
         for i, (attn, ff) in enumerate(zip(self.attns, self.ffs)):
-            x = x + attn(self.norms[2 * i](x), mask=mask)
-            x = x + ff(self.norms[2 * i + 1](x))
+            x = x + attn(x, mask=mask, norm=self.norms[2 * i])
+            x = x + ff(x, self.norms[2 * i + 1])
         return self.norm_out(x), mask
 
 
@@ -504,24 +546,37 @@ class Clip:
 
     def __init__(self, loss_mask, time, context, context_mask):
         self.frames = loss_mask.shape[1]
+        self.count = loss_mask.sum(1, keepdim=True)               # (B, 1) real frames
+        self.padded = not (loss_mask.is_meta or bool(loss_mask.all()))  # nothing needs masking where no clip is padded
         self.real = loss_mask.bool()                              # (B, T)
-        self.scale = loss_mask.flatten()[:, None, None, None]     # (B*T, 1, 1, 1), multiplies padded frames by 0
+        self.scale = loss_mask.flatten()[:, None, None, None]     # (B*T, 1, 1, 1)
         self.time = time                                          # (B, time width), after SiLU
         self.context, self.context_mask = context, context_mask   # (B, L, D), (B, L) or None
+
+    def seen(self, cells):
+        """Mask of real frames, each `cells` times (B, T * cells); None where all are real."""
+        return self.real.repeat_interleave(cells, 1) if self.padded else None
+
+    def hide(self, x):
+        """x (B*T, C, h, w) with zeros in padded frames."""
+        return x * self.scale.to(x.dtype) if self.padded else x
+
+    def per_frame(self, x):
+        """One value a clip (B, ...) -> one a frame (B*T, ..., 1, 1)."""
+        return x.repeat_interleave(self.frames, 0)[..., None, None]
 
 
 class Resnet(nn.Module):
     def __init__(self, cin, cout, time_width, groups):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, cin), Conv(cin, cout)
         self.time = nn.Linear(time_width, cout)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, cout), Conv(cout, cout)
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x, clip):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(clip.time).repeat_interleave(clip.frames, 0)[:, :, None, None]
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+        h = lean(lambda x: self.conv1(F.silu(self.norm1(x))), x) + clip.per_frame(self.time(clip.time))
+        return self.skip(x) + lean(lambda h: self.conv2(F.silu(self.norm2(h))), h)
 
 
 class TemporalConv(nn.Module):
@@ -534,12 +589,14 @@ class TemporalConv(nn.Module):
         self.depthwise = depthwise
 
     def forward(self, x, clip):
-        h = rearrange(F.silu(self.norm(x)) * clip.scale, "(b t) c h w -> b t c h w", t=clip.frames)
+        h = clip.hide(F.silu(self.norm(x))).unflatten(0, (-1, clip.frames))  # (B, T, C, h, w)
         if not self.depthwise:
             return rearrange(self.conv(h.transpose(1, 2)), "b c t h w -> (b t) c h w")
-        before, here, after = self.conv.weight.view(1, -1, 1, 1, 3).unbind(-1)  # three scaled shifts: much faster on a CPU
-        out = h * here + F.pad(h[:, :-1], (0, 0) * 3 + (1, 0)) * before + F.pad(h[:, 1:], (0, 0) * 3 + (0, 1)) * after
-        return out.flatten(0, 1) + self.conv.bias[:, None, None]
+        before, here, after = self.conv.weight.to(h.dtype).view(-1, 1, 1, 3).unbind(-1)  # three scaled shifts: much faster on a CPU
+        out = torch.addcmul(self.conv.bias.to(h.dtype)[:, None, None], h, here)
+        out[:, 1:].addcmul_(h[:, :-1], before)
+        out[:, :-1].addcmul_(h[:, 1:], after)
+        return out.flatten(0, 1)
 
 
 class STI(nn.Module):
@@ -556,24 +613,26 @@ class STI(nn.Module):
         self.norm_out = nn.GroupNorm(c.groups, width)
 
     def semantic(self, x, clip):
+        """What the semantic branch adds to x (B*T, C, h, w): (B*T, C, h/2, w/2)."""
         pool = (2 if x.shape[2] > 1 else 1, 2 if x.shape[3] > 1 else 1)
-        small = F.avg_pool2d(self.norm(x), pool, ceil_mode=True)
+        small = lean(lambda x: F.avg_pool2d(self.norm(x), pool, ceil_mode=True), x)
         tokens = rearrange(small, "(b t) c h w -> b (t h w) c", t=clip.frames)
-        seen = clip.real.repeat_interleave(small.shape[2] * small.shape[3], 1)  # (B, T*h*w)
-        out = rearrange(self.attn(tokens, mask=seen), "b (t h w) c -> (b t) c h w", t=clip.frames, h=small.shape[2])
-        return x + F.interpolate(out, size=x.shape[2:])
+        out = self.attn(tokens, mask=clip.seen(small.shape[2] * small.shape[3]))  # (B, T*h*w, C)
+        return rearrange(out, "b (t h w) c -> (b t) c h w", t=clip.frames, h=small.shape[2])
 
     def pooled(self, x, clip):
-        per_frame = (x.mean((2, 3)) * clip.scale[:, :, 0, 0]).unflatten(0, (-1, clip.frames))  # (B, T, C)
-        return per_frame.sum(1) / clip.real.sum(1, keepdim=True)
+        """Mean over the cells of real frames of x (B*T, C, h, w) -> (B, C)."""
+        per_frame = clip.hide(x.mean((2, 3), keepdim=True)).flatten(1).unflatten(0, (-1, clip.frames))  # (B, T, C)
+        return per_frame.sum(1) / clip.count
 
     def forward(self, x, clip):
         """x (B*T, C, h, w) -> the same shape."""
-        detail = x + self.detail[1](self.detail[0](x, clip), clip)
-        semantic = self.semantic(x, clip)
-        weights = self.fuse(torch.cat([self.pooled(detail, clip), self.pooled(semantic, clip)], 1)).softmax(-1)  # (B, 2)
-        a, b = weights.repeat_interleave(clip.frames, 0)[:, :, None, None, None].unbind(1)
-        return self.norm_out(a * detail + b * semantic)
+        detail = lean(lambda x: self.detail[1](self.detail[0](x, clip), clip), x)
+        semantic = F.interpolate(self.semantic(x, clip), size=x.shape[2:])
+        mean = self.pooled(x, clip)
+        weights = self.fuse(torch.cat([mean + self.pooled(detail, clip), mean + self.pooled(semantic, clip)], 1)).softmax(-1)  # (B, 2)
+        a, b = clip.per_frame(weights.to(x.dtype)[..., None]).unbind(1)
+        return self.norm_out(x + a * detail + b * semantic)  # a (x + detail) + b (x + semantic), as a + b = 1
 
 
 class Conv3D(nn.Module):
@@ -594,20 +653,20 @@ class SpatialTransformer(nn.Module):
     def __init__(self, width, c):
         super().__init__()
         heads = width // c.head_dim
-        self.norm_in, self.proj_in = nn.GroupNorm(c.groups, width), nn.Linear(width, width)
+        self.norm_in, self.proj_in = nn.GroupNorm(c.groups, width), Linear(width, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
         self.attn = Attention(width, heads, c.head_dim)
         self.cross = Attention(width, heads, c.head_dim, c.text_width)
         self.ff = GEGLU(width, c.ff_mult)
-        self.proj_out = zero_(nn.Linear(width, width))
+        self.proj_out = zero_(Linear(width, width))
 
     def forward(self, x, clip):
-        h = self.proj_in(self.norm_in(x).flatten(2).transpose(1, 2))  # (B*T, h*w, C)
-        h = h + self.attn(self.norms[0](h))
-        queries = self.norms[1](h).unflatten(0, (-1, clip.frames)).flatten(1, 2)  # (B, T*h*w, C): one K, V a clip
-        h = h + self.cross(queries, clip.context, clip.context_mask).view_as(h)
-        h = h + self.ff(self.norms[2](h))
-        return x + self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[2:])
+        h = lean(lambda x: self.proj_in(self.norm_in(x).flatten(2).transpose(1, 2)), x)  # (B*T, h*w, C)
+        h = h + self.attn(h, norm=self.norms[0])
+        h = h.unflatten(0, (-1, clip.frames)).flatten(1, 2)  # (B, T*h*w, C): one K, V a clip
+        h = h + self.cross(h, clip.context, clip.context_mask, self.norms[1])
+        h = self.proj_out(h + self.ff(h, self.norms[2])).view(*x.shape[:1], -1, x.shape[1])
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class TemporalTransformer(nn.Module):
@@ -616,20 +675,20 @@ class TemporalTransformer(nn.Module):
     def __init__(self, width, heads, head_dim, c):
         super().__init__()
         inner = heads * head_dim
-        self.norm_in, self.proj_in = nn.GroupNorm(c.groups, width), nn.Linear(width, inner)
+        self.norm_in, self.proj_in = nn.GroupNorm(c.groups, width), Linear(width, inner)
         self.norms = nn.ModuleList(nn.LayerNorm(inner) for _ in range(3))
         self.attns = nn.ModuleList(Attention(inner, heads, head_dim) for _ in range(2))
         self.ff = GEGLU(inner, c.ff_mult)
-        self.proj_out = zero_(nn.Linear(inner, width))
+        self.proj_out = zero_(Linear(inner, width))
 
     def forward(self, x, clip):
         cells = x.shape[2] * x.shape[3]
-        h = self.proj_in(rearrange(self.norm_in(x), "(b t) c h w -> (b h w) t c", t=clip.frames))
+        h = lean(lambda x: self.proj_in(rearrange(self.norm_in(x), "(b t) c h w -> (b h w) t c", t=clip.frames)), x)
         h = h + sinusoid(torch.arange(clip.frames, device=x.device), h.shape[-1]).to(h.dtype)
-        seen = clip.real.repeat_interleave(cells, 0)  # (B*h*w, T)
+        seen = clip.real.repeat_interleave(cells, 0) if clip.padded else None  # (B*h*w, T)
         for norm, attn in zip(self.norms, self.attns):
-            h = h + attn(norm(h), mask=seen)
-        h = self.proj_out(h + self.ff(self.norms[2](h)))
+            h = h + attn(h, mask=seen, norm=norm)
+        h = self.proj_out(h + self.ff(h, self.norms[2]))
         return x + rearrange(h, "(b h w) t c -> (b t) c h w", h=x.shape[2], w=x.shape[3])
 
 
@@ -669,7 +728,7 @@ class KnownEncoder(nn.Module):
         cells = x.shape[2] * x.shape[3]
         h = self.widen(rearrange(x, "(b t) c h w -> (b h w) t c", t=clip.frames))
         h = h + sinusoid(torch.arange(clip.frames, device=x.device), self.width).to(h.dtype)
-        h = self.narrow(self.attn(h, mask=clip.real.repeat_interleave(cells, 0)))
+        h = self.narrow(self.attn(h, mask=clip.real.repeat_interleave(cells, 0) if clip.padded else None))
         return x + rearrange(h, "(b h w) t c -> (b t) c h w", h=x.shape[2], w=x.shape[3])
 
 
@@ -678,11 +737,13 @@ class DFGN(nn.Module):
 
     forward: z_t (B, T, c, h, w) noisy latents, t (B,) int64, context (B, L, D) text features, known (B, T, c, h, w)
     latents of the given frames, cond_mask and loss_mask (B, T) -> prediction (B, T, c, h, w). With `gate` z_t has 2c channels
-    (beside the noisy latents their linear estimate, see RDTF), and so has the prediction."""
+    (beside the noisy latents their linear estimate, see RDTF), and so has the prediction.
 
-    def __init__(self, c):
+    checkpointing: keep the input of each layer alone for the backward pass, which works out the rest again (gradient checkpointing)."""
+
+    def __init__(self, c, checkpointing=False):
         super().__init__()
-        self.config = c
+        self.config, self.checkpointing = c, checkpointing
         w, n, folded = c.widths, len(c.widths), c.channels * c.patch ** 2
         self.time_width = 4 * w[0]
         self.known = KnownEncoder(c.channels)
@@ -699,7 +760,7 @@ class DFGN(nn.Module):
             width = w[level]
             skips += [width] * c.layers
             if level < n - 1:
-                self.downsamplers.append(nn.Conv2d(width, width, 3, stride=2, padding=1))
+                self.downsamplers.append(Conv(width, width, stride=2))
                 skips.append(width)
         self.mid = nn.ModuleList([Layer(width, width, self.time_width, c, attend=True),
                                   Layer(width, width, self.time_width, c, attend=False)])
@@ -722,24 +783,29 @@ class DFGN(nn.Module):
             emb = emb + self.text_pool((context * seen[..., None]).sum(1) / seen.sum(1, keepdim=True))
         return F.silu(emb)
 
+    def run(self, layer, x, clip):
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, x, clip, use_reentrant=False, preserve_rng_state=False)
+        return layer(x, clip)
+
     def forward(self, z_t, t, context, known, cond_mask, loss_mask, context_mask=None):
         clip = Clip(loss_mask, self.embed_time(t, context, context_mask), context, context_mask)
         known = self.known(known, cond_mask, clip)
         x = torch.cat([z_t.flatten(0, 1), known], 1)  # (B*T, 2c or 3c, h, w)
-        x = self.stem_temporal(self.stem(F.pixel_unshuffle(x, self.config.patch)), clip)
+        x = self.run(self.stem_temporal, self.stem(F.pixel_unshuffle(x, self.config.patch)), clip)
         skips = [x]
         for level, layers in enumerate(self.down):
             for layer in layers:
-                x = layer(x, clip)
+                x = self.run(layer, x, clip)
                 skips.append(x)
             if level < len(self.downsamplers):
                 x = self.downsamplers[level](x)
                 skips.append(x)
         for layer in self.mid:
-            x = layer(x, clip)
+            x = self.run(layer, x, clip)
         for level, layers in enumerate(self.up):
             for layer in layers:
-                x = layer(torch.cat([x, skips.pop()], 1), clip)
+                x = self.run(layer, torch.cat([x, skips.pop()], 1), clip)
             if level < len(self.upsamplers):
                 x = self.upsamplers[level](x)
         x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
 from data import tokenize
-from model import DFGN, PRESETS, RDTF, SD_SCALE, SD_VAE, VAE, Clip, Config, Diffusion, DiffusionConfig, TemporalConv, TextEncoder, VAEConfig, count_words, sd_vae_weights
+from model import (DFGN, PRESETS, RDTF, SD_SCALE, SD_VAE, VAE, Clip, Config, Conv, Diffusion, DiffusionConfig, Linear, TemporalConv, TextEncoder, VAEConfig,
+                   count_words, lean, sd_vae_weights)
 
 
 def tiny(**fields):
@@ -620,3 +622,71 @@ def test_the_net_takes_odd_sizes_of_clips_and_batches():
     net = copy.deepcopy(randomise(DFGN(PRESETS["tiny"].dfgn)))
     for T in (1, 3, 8):
         assert net(**clip_inputs(T, B=1), loss_mask=torch.ones(1, T)).shape == (1, T, net.conv_out.out_channels // net.config.patch ** 2, 4, 4)
+
+
+# ---- memory
+
+def kept_bytes(net, batch):
+    """Bytes that autograd keeps for the backward pass beside parameters and inputs, and the gradients that it gives."""
+    own = {p.untyped_storage().data_ptr() for p in net.parameters()} | {x.untyped_storage().data_ptr() for x in batch.values()}
+    kept = {}
+    pack = lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x.untyped_storage().nbytes()) and x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = net(**batch).square().mean()
+    total = sum(n for storage, n in kept.items() if storage not in own)
+    return total, torch.autograd.grad(loss, [p for p in net.parameters()])
+
+
+@pytest.fixture
+def tiny_net_and_batch():
+    torch.manual_seed(0)
+    c = PRESETS["tiny"].dfgn
+    net = DFGN(c).double()
+    for p in net.parameters():                    # projections that start at zero would hide most of the gradients
+        torch.nn.init.normal_(p, std=0.1)
+    z = torch.randn(2, 4, c.channels * (1 + c.gate), 8, 8, dtype=torch.float64)
+    loss_mask = torch.ones(2, 4, dtype=torch.float64)
+    loss_mask[1, 3] = 0
+    return net, dict(z_t=z, t=torch.tensor([3, 700]), context=torch.randn(2, 5, c.text_width, dtype=torch.float64),
+                     known=torch.randn_like(z[:, :, :c.channels]), cond_mask=loss_mask * torch.tensor([1., 0, 0, 0]), loss_mask=loss_mask)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(tiny_net_and_batch, monkeypatch):
+    net, batch = tiny_net_and_batch
+    plain, wanted = kept_bytes(net, batch)
+    assert all(g.abs().max() > 0 for g in wanted)
+    net.checkpointing = True
+    few, gradients = kept_bytes(net, batch)
+    assert few < 0.4 * plain
+    monkeypatch.setattr("model.LEAN", 1)
+    net.checkpointing = False
+    lean, lean_gradients = kept_bytes(net, batch)
+    assert few < lean < 0.8 * plain
+    net.checkpointing = True
+    _, both_gradients = kept_bytes(net, batch)
+    for a, b, c, d in zip(wanted, gradients, lean_gradients, both_gradients):
+        for other in (b, c, d):
+            torch.testing.assert_close(other, a, rtol=1e-10, atol=1e-12)
+
+
+def test_what_lean_ends_with_is_not_worked_out_again(monkeypatch):
+    monkeypatch.setattr("model.LEAN", 1)
+    calls, last = [], torch.nn.Linear(8, 8)
+    x = torch.randn(4, 8, requires_grad=True)
+    y = lean(lambda x: last(calls.append(1) or F.silu(x)), x)
+    with FlopCounterMode(display=False) as flops:
+        y.sum().backward()
+    assert len(calls) == 2 and flops.get_total_flops() == 2 * 2 * 4 * 8 * 8   # the gradients of the input and of the weight alone
+
+
+@pytest.mark.parametrize("rows", [4, 300])
+def test_wide_linear_layers_and_small_images_take_a_faster_way_to_the_same_result(rows):
+    torch.manual_seed(0)
+    linear, conv = Linear(256, 48).double(), Conv(rows, 24, stride=2).double()
+    x, image = torch.randn(2, rows, 256, dtype=torch.float64, requires_grad=True), torch.randn(2, rows, 7, 6, dtype=torch.float64, requires_grad=True)
+    for layer, x, plain in ((linear, x, F.linear(x, linear.weight, linear.bias)), (conv, image, F.conv2d(image, conv.weight, conv.bias, 2, 1))):
+        wanted = torch.autograd.grad(plain.sin().sum(), [x, *layer.parameters()])
+        y = layer(x)
+        torch.testing.assert_close(y, plain)
+        for got, want in zip(torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()]), wanted):
+            torch.testing.assert_close(got, want)
