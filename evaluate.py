@@ -20,6 +20,7 @@ Clips and features are kept in RUN/eval and DATA/eval: a second run makes none a
 import argparse
 import base64
 import fcntl
+import functools
 import hashlib
 import io
 import itertools
@@ -37,14 +38,15 @@ from safetensors import SafetensorError
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
+import bench
 from curriculum import KD, KI, KP
-from data import (TASKS, StickerSet, UserError, check_sheet, contact_sheet, eval_mask, even_frames, given_frames, mask_of, nearest_given, read_jsonl, run_cli,
+from data import (TASKS, StickerSet, UserError, check_sheet, contact_sheet, eval_mask, even_frames, given_frames, mask_of, nearest_given, read_jsonl, run_cli, tokenize,
                   to_rgba, to_tensor, write_animation)
 from metrics import (CLIPRows, DOVERRows, I3DRows, JudgeRows, LocalRows, NIQE, NIQERows, bootstrap, bootstrap_fd, clip_scores, dover_fuse, extrapolate,
                      fd_app, fd_mot, fit_judge, frechet, on_white, psnr, recall, save_judge)
-from model import PRESETS, RDTF, STI, Config, fill
-from sample import DEFAULTS, Sampler, defaults
-from train import TrainConfig, file_hash, flat, read_metadata, write_atomically
+from model import PRESETS, RDTF, STI, Config, count, fill
+from sample import DEFAULTS, Sampler, ddim, defaults
+from train import TrainConfig, file_hash, flat, keep_memory, read_metadata, write_atomically
 
 DISTANCES = {"FVD": ("i3d", frechet), "FD-app": ("local", fd_app), "FD-mot": ("local", fd_mot)}  # features, and the distance of two sets of them
 JUDGE = "runs/judge.safetensors"
@@ -549,8 +551,8 @@ def table_markdown(paper, cells, less, runs, seeds):
 def table(args):
     """A table of the paper: markdown on stdout, JSON and a plot beside it."""
     out = Path(args.out or f"out/table-{args.table}.json")
-    if args.table in ("6", "7"):
-        rows = table6(args) if args.table == "6" else table7()
+    if args.table in ("6", "7", "8"):
+        rows = table6(args) if args.table == "6" else table7() if args.table == "7" else table8(args)
         write_json(out, rows)
         return print(markdown(rows[0], rows[1:]), out, sep="\n\n")
     keys, specs = TABLES[args.table]
@@ -655,6 +657,32 @@ def table7():
         drawn = [text(mask_of(given, 8)) for given in given_frames(task, 8)]
         rows.append([task, ", ".join(own) or "-", ", ".join(drawn), text(eval_mask(task, 8, 8))])
     return [["task", "paper", "training draws one of", "evaluation"]] + rows
+
+
+@torch.no_grad()
+def table8(args, preset=PRESETS["paper"], rounds=3):
+    """Rows of Table 8: parameters and seconds of the paper's methods, and ours on this machine: a forward pass, and 50 DDIM steps under both
+    guidances without the VAE (on a CPU --steps of them, one if not said, and 50 / steps times as long). Random weights: they change no speed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net, T, side = RDTF(preset).to(device).eval(), preset.frames, preset.vae.side
+    batch = bench.clip_batch(preset.dfgn, 1, T, side, device)
+    works = {name: functools.partial(bench.forward, net.dfgn, batch, bf16) for name, bf16 in (("float32", False), ("bf16", True))}
+    taken, linear = bench.compare(works, rounds, device)
+    gflop, steps = bench.gflop(preset.dfgn, 1, T, side), args.steps or (50 if device.type == "cuda" else 1)
+    mask = torch.zeros(1, T, device=device)
+    mask[:, 0] = 1
+    given = dict(known=batch["known"], cond_mask=mask, rngs=[np.random.default_rng(args.seed)],
+                 tower=None if net.text else lambda tokens: torch.zeros(len(tokens), 77, preset.dfgn.text_width, device=device))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    rows = [["method", "on", "parameters, B", "forward, s", "GFLOP/s", f"of linear's {linear:.0f} GFLOP/s", "50 DDIM steps, s"]]
+    rows += [[f"{method} (paper)", "V100", f"{r['params_B']}", f"{r['seconds']}", "-", "-", "-"] for method, r in json.loads(PAPER.read_text())["table8_cost"]["rows"].items()]
+    for precision, t in taken.items():
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            sample = bench.seconds(lambda: ddim(net, tokenize(["a cat"]), **given, **{**DEFAULTS, "steps": steps}))
+        rows.append([f"RDTF here, {precision}", name, f"{count(net.dfgn) / 1e9:.3f}", f"{t:.2f}", f"{gflop / t:.0f}", f"{gflop / t / linear:.2f}",
+                     f"{sample:.1f}" if steps == 50 else f"{50 / steps * sample:.0f} ({steps} measured)"])
+    return rows
+
 
 # ------------------------------------------------------------------------------------------------ do the metrics see damage?
 DAMAGES = {  # strengths, mild to strong
@@ -919,7 +947,7 @@ def read_prompts(path):
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_argument_group("what to do (default: evaluate --run)").add_mutually_exclusive_group()
-    what.add_argument("--table", choices=("1", "2", "3", "4", "6", "7"), help="print a table of the paper with the numbers of --runs beside its own")
+    what.add_argument("--table", choices=("1", "2", "3", "4", "6", "7", "8"), help="print a table of the paper with the numbers of --runs beside its own")
     what.add_argument("--compare", nargs="+", metavar="RUN", help="runs that were evaluated: print a row for each")
     what.add_argument("--prompts", help="file of captions: write a t2v --sheet of all of them")
     what.add_argument("--fit-judge", action="store_true", help="fit the network of R@1-local to the training split of --data -> --judge")
@@ -1005,6 +1033,7 @@ def evaluate(args):
 def main(argv=None):
     args = parse(argv)
     check(args)
+    keep_memory()
     if args.compare:
         print(compare(args.compare))
     elif args.table:

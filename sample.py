@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import (TASKS, UserError, check_sheet, contact_sheet, even_frames, nearest_given, read_animation, run_cli, square, to_rgba, to_tensor,
                   tokenize, webp_alpha, write_animation)
-from train import file_hash, load_model, tower_of
+from train import file_hash, keep_memory, load_model, tower_of
 
 PLATFORMS = {  # file type, side in pixels, bytes, seconds
     "whatsapp": (".webp", 512, 450_000, 10), "signal": (".png", 512, 300_000, 3), "discord": (".png", 320, 512_000, 60)}
@@ -281,6 +281,7 @@ def main(argv=None):
     check_sheet(args.sheet)
     names = [slug(p) for p in args.prompt for _ in range(args.num)] or [Path(args.image or args.frames).stem + "-sticker"] * args.num
     paths = output_paths(args, names)
+    keep_memory()
     sampler = Sampler(args.model, args.vae, clip_weights=args.clip_weights)
     task, frames, mask = read_given(args, sampler)
     prompts = ["" if task == "i2v" else p for p in args.prompt for _ in range(args.num)] or [""] * args.num

@@ -13,6 +13,7 @@ Every random draw of global sample n of step s is a function of (seed, s, n) alo
 for bit, and N ranks see exactly the draws of one.
 """
 import argparse
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -81,8 +82,17 @@ class TrainConfig:
 
 
 # ------------------------------------------------------------------------------------------------ processes, files
+def keep_memory():
+    """Let glibc keep freed memory for the next tensors: giving it back at once and taking it anew costs a CPU 5 to 8 % of a training step."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)   # musl has none
+        mallopt(-4, 0)                                    # M_MMAP_MAX: no block of its own for a large tensor
+        mallopt(-1, 2 ** 31 - 1)                          # M_TRIM_THRESHOLD: freed memory stays
+
+
 def setup():
     """(rank, world, device) of this process; joins the group that torchrun announces."""
+    keep_memory()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
