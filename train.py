@@ -26,7 +26,9 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +42,9 @@ from curriculum import Curriculum
 from data import (TASKS, ClipDataset, StepSampler, StickerSet, StickerTexts, TextCache, UserError, cond_mask, even_frames, fit_task, latents_ready,
                   open_latents, rng_for, run_cli, text_for, to_tensor, tokenize, write_latents)
 from model import PRESETS, RDTF, SD_PARTS, SD_SCALE, SD_VAE, TOWER_PARTS, VAE, Config, TextTower, sd_vae_weights, tower_weights
+
+
+COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
 
 
 @dataclass
@@ -56,12 +61,17 @@ class TrainConfig:
     text_variants: int = 4                # text.kind=open_clip: texts of a sticker, the caption and others as word_dropout and keywords draw them
     steps: int = 3000                     # optimiser steps
     batch: int = 4                        # global batch: clips (dfgn) or images (vae); a step of stills takes T times as many
+    accumulate: int = 1                   # micro-batches that a process cuts its share of the batch into, one after another in memory
+    checkpointing: bool = False           # dfgn: keep the layers' inputs alone and compute the layers again in the backward pass
+    zero: bool = False                    # ZeRO-1: each process keeps its share of the optimiser's state
+    compile: bool = False                 # torch.compile the network: minutes at the start, faster steps on a GPU
     lr: float = 1e-3                      # peak learning rate
     lr_schedule: str = "cosine"           # cosine (to zero), constant
     warmup: int = 100                     # steps of linear warm-up
     weight_decay: float = 0.01            # AdamW
     grad_clip: float = 1.0                # largest gradient norm
     ema: float = 0.999                    # decay of the averaged weights; rises to it over the first steps
+    ema_device: str = "same"              # where the averaged weights are kept: same (as the network), cpu (host memory)
     precision: str = "auto"               # float32, bf16 (autocast), auto: bf16 where the hardware multiplies it
     seed: int = 0
     tasks: list = field(default_factory=list)  # tasks to train on; none named: all six
@@ -99,7 +109,8 @@ def setup():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        limit = timedelta(days=2)  # rank 0 may encode a large set for hours; a process that dies is torchrun's to notice
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
     return rank, world, device
 
 
@@ -111,6 +122,14 @@ def pick_precision(name, device):
         return name
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if fast else "float32"
+
+
+def send(batch, device):
+    """{name: tensor} on the device. From pinned memory the copies wait for nothing.
+
+    The next batch cannot go ahead of its step: which tasks it draws depends on this step's losses. Loader processes do read its latents."""
+    pin = device.type == "cuda"
+    return {k: (v.pin_memory() if pin else v).to(device, non_blocking=True) for k, v in batch.items()}
 
 
 def gather(values, world):
@@ -424,7 +443,7 @@ class VAEStage:
 
     def losses(self, net, batch):
         """-> losses (b,), and per sample a task number and a timestep decile (none here: 0)."""
-        batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+        batch = send(batch, self.device)
         losses = vae_losses(net, batch["x"], batch["background"], batch["noise"], self.preset.vae)
         return losses, torch.zeros(2, len(losses))
 
@@ -440,12 +459,14 @@ class VAEStage:
 
 # ------------------------------------------------------------------------------------------------ DFGN stage
 @torch.no_grad()
-def cache_latents(vae, vae_hash, data, world=1, batch=64):
+def cache_latents(vae, vae_hash, data, world=1):
     """Encode every frame of a prepared set once: <data>/latents-<hash>/, mean and log-variance, not standardised."""
     threads = torch.get_num_threads()
     torch.set_num_threads(min(threads * world, os.cpu_count()))  # the other ranks wait meanwhile
     stickers = StickerSet(data)
     n, side = len(stickers.frames), stickers.size // vae.config.factor
+    pixels = 2 ** (21 if vae.latent_mean.is_cuda else 18)  # in memory at once; the VAE's widest layers are as large as the image
+    batch = min(max(pixels // stickers.size ** 2, 1), 64)
     bar = lambda start: tqdm(range(start, n, batch), "encoding latents", total=math.ceil(n / batch), initial=start // batch, mininterval=2)
     moments = lambda start: (vae.moments(vae.images(to_tensor(stickers.frames[i:i + batch]))) for i in bar(start))
     write_latents(data, vae_hash, n, (vae.config.latent_channels, side, side), moments)
@@ -517,6 +538,8 @@ class DFGNStage:
             cache_latents(vae.to(device), self.vae_hash, config.data, world)
         if world > 1:
             dist.barrier()
+        if not latents_ready(config.data, self.vae_hash):
+            raise UserError(f"--data {config.data}: rank {rank} does not see the latents that rank 0 wrote there; all nodes must share this folder")
         self.vae = vae.cpu()
         if self.tower:
             self.prepare_texts()
@@ -598,7 +621,7 @@ class DFGNStage:
     def losses(self, net, batch):
         task = batch.pop("task")
         tags = torch.stack([task, batch["t"] * 10 // self.preset.diffusion.steps]).float()
-        return net(**{k: v.to(self.device, non_blocking=True) for k, v in batch.items()}), tags
+        return net(**send(batch, self.device)), tags
 
     def finish(self, weights):
         return weights, dict(vae=self.vae_hash, vae_file=str(self.config.vae), **(dict(text=self.tower) if self.tower else {}))
@@ -627,6 +650,38 @@ def learning_rate(c, step):
     return c.lr * ramp * (0.5 * (1 + math.cos(math.pi * step / c.steps)) if c.lr_schedule == "cosine" else 1.0)
 
 
+def make_optimizer(c, net, world):
+    """AdamW; with --zero on several processes each keeps the moments of its share of the parameters."""
+    options = dict(lr=c.lr, weight_decay=c.weight_decay, betas=(0.9, 0.99), fused=True)
+    if c.zero and world > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer(net.parameters(), torch.optim.AdamW, **options)
+    return torch.optim.AdamW(net.parameters(), **options)
+
+
+def load_optimizer(optimizer, state):
+    """Load what AdamW, or ZeRO's rank 0, wrote."""
+    optimizer.load_state_dict(state)
+    if local := getattr(optimizer, "optim", None):      # ZeRO leaves step counts on the host, where the fused kernel does not look,
+        local.load_state_dict(local.state_dict())
+        optimizer.state.clear()                         # and a second copy of the moments
+
+
+def averages(c, weights):
+    """The beginning of the averaged weights, where --ema-device wants them; the GPU's own copies reach pinned host memory without waiting."""
+    if c.ema_device == "same":
+        return {k: v.detach().clone() for k, v in weights.items()}
+    return {k: torch.empty_like(v, device="cpu", pin_memory=v.is_cuda).copy_(v.detach()) for k, v in weights.items()}
+
+
+def average(c, ema, weights, share):
+    """Move the averages by `share` of the way to the weights. Those in host memory come to the device one by one: the sums are the same."""
+    if c.ema_device == "same":
+        return torch._foreach_lerp_([ema[k] for k in weights], [w.detach() for w in weights.values()], share)
+    for k, w in weights.items():
+        ema[k].copy_(ema[k].to(w.device, non_blocking=True).lerp_(w.detach(), share), non_blocking=True)
+
+
 def read_state(run):
     """The newest checkpoint that can be read; None if there is none yet."""
     names = [name for name in ("state.pt", "state.prev.pt") if (run / name).is_file()]
@@ -648,7 +703,7 @@ def flat(tree, prefix=""):
 
 def check_same_config(run, config, preset):
     """Resuming must not change what is trained; how it is watched may change. Returns the hashes of what it was started with."""
-    free = {"workers", "log_every", "save_every", "out"}
+    free = {"workers", "log_every", "save_every", "out", "accumulate", "checkpointing", "zero", "compile", "ema_device"}
     old = json.loads((run / "config.json").read_text())
     started = {**asdict(TrainConfig()), **old["train"]}  # a field that is newer than the run had its default
     for key, value in asdict(config).items():
@@ -663,7 +718,8 @@ def check_same_config(run, config, preset):
 
 def check_options(config):
     """Refuse words that are not known and numbers that make no sense, before anything slow."""
-    words = dict(stage=STAGES, lr_schedule=("cosine", "constant"), how=("kmeans", "even", "mixed"), frames=("step", "sample", "full"))
+    words = dict(stage=STAGES, lr_schedule=("cosine", "constant"), how=("kmeans", "even", "mixed"), frames=("step", "sample", "full"),
+                 ema_device=("same", "cpu"))
     for name, allowed in words.items():
         if getattr(config, name) not in allowed:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: choose one of {', '.join(allowed)}")
@@ -673,7 +729,9 @@ def check_options(config):
     for name in ("still_share", "still_first", "word_dropout", "keywords", "text_drop", "cond_drop", "both_drop"):
         if not 0 <= getattr(config, name) <= 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: a share is 0 to 1")
-    for name, least in dict(steps=1, batch=1, log_every=1, save_every=1, seed=0).items():
+    if config.checkpointing and config.stage == "vae":
+        raise UserError("--checkpointing: for the dfgn stage alone; leave it out")
+    for name, least in dict(steps=1, batch=1, accumulate=1, log_every=1, save_every=1, seed=0).items():
         if getattr(config, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
 
@@ -691,8 +749,9 @@ def train(config):
     run = Path(config.out or f"runs/{config.stage}")
     preset = resolve_config(config.preset, config.set)
     rank, world, device = setup()
-    if config.batch % world:
-        raise UserError(f"--batch {config.batch}: not a multiple of the {world} processes")
+    if config.batch % (world * config.accumulate):
+        times = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise UserError(f"--batch {config.batch}: not a multiple of the {world} processes{times}")
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
     started = any((run / name).is_file() for name in ("state.pt", "state.prev.pt"))
@@ -702,20 +761,29 @@ def train(config):
         if stage.inputs[key] != value:
             raise UserError(f"--{key.replace('_', '-')} {getattr(config, key)}: not what {run} was started with (hash {stage.inputs[key][:12]}, was {value[:12]}); name another --out")
     net = stage.net
-    ema = {k: v.detach().clone() for k, v in net.state_dict().items()}
-    optimizer = torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99), fused=True)
+    if config.checkpointing:
+        net.dfgn.checkpointing = True
+    if config.compile:
+        net.compile(backend=COMPILER)  # in place: the names of its weights stay
+    optimizer = make_optimizer(config, net, world)
     curriculum, window, start = getattr(stage, "curriculum", None), Window(), 0
 
     state = read_state(run)
     if state is not None:
         net.load_state_dict(state["net"])
-        ema = {k: v.to(device) for k, v in state["ema"].items()}
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         window.sums, start = {k: tuple(v) for k, v in state["window"].items()}, state["step"]
         if curriculum:
             curriculum.load_state_dict(state["curriculum"])
-        if start == config.steps:
-            return rank == 0 and print(f"{run}: done, {start} steps; nothing to do")
+    if len(set(gather(torch.tensor([float(start)]), world).tolist())) > 1:
+        raise UserError(f"--out {run}: the processes do not see the same checkpoint there; all nodes must share this folder")
+    if start == config.steps:
+        return rank == 0 and print(f"{run}: done, {start} steps; nothing to do")
+    ema = averages(config, net.state_dict()) if rank == 0 else {}  # who alone writes them
+    if state is not None:
+        for k, v in ema.items():
+            v.copy_(state["ema"][k])
+    del state  # four times the weights
     if rank == 0:
         run.mkdir(parents=True, exist_ok=True)
         cut_log(run / "log.jsonl", start)
@@ -723,6 +791,10 @@ def train(config):
         write_atomically(run / "config.json", lambda p: p.write_text(config_text))
 
     def save(step):
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict()
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # copies into host memory may be on their way
         if rank == 0:
             weights, extra = stage.finish(ema)
             save_model(run / "model.safetensors", weights, kind=stage.kind, config=preset.to_dict(), step=step, **extra)
@@ -734,19 +806,23 @@ def train(config):
 
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    ddp = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net  # buffers never change
-    parameters = [k for k, _ in net.named_parameters()]
+    ddp = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net  # buffers never change
     bar = tqdm(total=config.steps, initial=start, desc=f"{config.stage} ({precision}, {world} x {torch.get_num_threads()} threads)",
                disable=rank > 0, mininterval=5)
     seen, since, cpu = 0, time.perf_counter(), time.process_time()
     for step, batch in stage.batches(start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            losses, tags = stage.losses(ddp, batch)
-        losses.mean().backward()
+        micro, parts = [dict(zip(batch, part)) for part in zip(*(v.chunk(config.accumulate) for v in batch.values()))], []
+        for i, part in enumerate(micro, 1):
+            with ddp.no_sync() if world > 1 and i < len(micro) else nullcontext():  # the gradients are summed over processes once
+                with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    losses, tags = stage.losses(ddp, part)
+                (losses.mean() / len(micro)).backward()
+            parts.append((losses.detach(), tags))
         norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip))
-        shared = [gather(row, world) for row in (losses.detach().cpu().float(), *tags, torch.tensor([float(bool(stop))]))]
+        losses, tags = torch.cat([a for a, _ in parts]).cpu().float(), torch.cat([b for _, b in parts], 1)
+        shared = [gather(row, world) for row in (losses, *tags, torch.tensor([float(bool(stop))]))]
         all_losses, tasks, deciles, stops = (row.numpy() for row in shared)
         bad = ~np.isfinite(all_losses)
         if bad.any() or not math.isfinite(norm):
@@ -756,8 +832,8 @@ def train(config):
             raise UserError(f"{run}: {what} is not finite at step {step} ({where}); {saved}; lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        decay, current = min(config.ema, (1 + step) / (10 + step)), dict(net.named_parameters())
-        torch._foreach_lerp_([ema[k] for k in parameters], [current[k].detach() for k in parameters], 1 - decay)
+        if ema:
+            average(config, ema, dict(net.named_parameters()), 1 - min(config.ema, (1 + step) / (10 + step)))
 
         seen += len(all_losses)
         window.add("loss", float(all_losses.mean()))

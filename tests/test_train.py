@@ -258,6 +258,133 @@ def test_two_ranks_see_what_one_sees(vae_argv, dfgn_argv, tmp_path, monkeypatch)
         assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
 
 
+# ---- many processes, little memory
+
+def first_gradients(argv, monkeypatch):
+    """{parameter number: gradient} of a run's first step."""
+    found, plain = {}, torch.nn.utils.clip_grad_norm_
+
+    def hooked(parameters, most):
+        parameters = list(parameters)
+        for i, p in enumerate(parameters):
+            found.setdefault(i, p.grad.clone())
+        return plain(parameters, most)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", hooked)
+        run_train(*argv)
+    return found
+
+
+@pytest.mark.parametrize("stage", ["vae", "dfgn"])
+def test_micro_batches_add_up(stage, vae_argv, dfgn_argv, tmp_path, monkeypatch):
+    argv = options(vae_argv if stage == "vae" else dfgn_argv, steps=3, log_every=1, precision="float32")
+    whole, parts = (first_gradients(options(argv, accumulate=n, out=tmp_path / str(n)), monkeypatch) for n in (1, 4))
+    assert whole.keys() == parts.keys() and all(torch.allclose(whole[i], parts[i], rtol=1e-4, atol=1e-6) for i in whole)
+    for one, four in zip(log_of(tmp_path / "1"), log_of(tmp_path / "4")):
+        assert one["loss"] == pytest.approx(four["loss"], rel=1e-5) and one["tasks"] == pytest.approx(four["tasks"], rel=1e-5)
+        assert one["deciles"] == pytest.approx(four["deciles"], rel=1e-5)
+
+
+def test_options_of_memory_and_speed_may_change_on_resuming(tiny_dfgn, dfgn_argv, tmp_path, capsys):
+    run = copy_run(tiny_dfgn, tmp_path)
+    run_train(*options(dfgn_argv, steps=7, out=run, accumulate=2, ema_device="cpu"), "--zero", "--compile", "--checkpointing")
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_averages_in_host_memory(dfgn_argv, tmp_path):
+    for place in ("same", "cpu"):
+        run_train(*options(dfgn_argv, steps=3, ema_device=place, out=tmp_path / place))
+    assert_same(*(state_of(tmp_path / place) for place in ("same", "cpu")))
+    assert {v.dtype for v in state_of(tmp_path / "cpu")["ema"].values()} == {torch.float32}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_averages_in_host_memory_beside_a_gpu():
+    net, config = torch.nn.Linear(512, 512, device="cuda"), TrainConfig(ema_device="cpu")
+    near, far = (train.averages(c, net.state_dict()) for c in (TrainConfig(), config))
+    assert all(v.is_pinned() and not v.is_cuda for v in far.values())
+    for _ in range(5):
+        with torch.no_grad():
+            net.weight += torch.randn_like(net.weight)
+        for c, ema in ((TrainConfig(), near), (config, far)):
+            train.average(c, ema, dict(net.named_parameters()), 0.1)
+    torch.cuda.synchronize()
+    assert all(torch.equal(near[k].cpu(), far[k]) for k in near)
+
+
+@pytest.mark.parametrize("stage", ["vae", "dfgn"])
+def test_compiling_changes_no_number_and_no_name(stage, vae_argv, dfgn_argv, tmp_path, monkeypatch):
+    """Traced and differentiated ahead of time as ever, but run by torch's own kernels: inductor's take minutes to build on one core."""
+    monkeypatch.setattr(train, "COMPILER", "aot_eager")
+    argv = options(vae_argv if stage == "vae" else dfgn_argv, steps=2, log_every=1, precision="float32")
+    run_train(*options(argv, out=tmp_path / "plain"))
+    run_train(*options(argv, out=tmp_path / "fast"), "--compile")
+    plain, fast = (log_of(tmp_path / name) for name in ("plain", "fast"))
+    assert [x["loss"] for x in fast] == pytest.approx([x["loss"] for x in plain], rel=1e-5)
+    assert state_of(tmp_path / "fast")["net"].keys() == state_of(tmp_path / "plain")["net"].keys()
+
+
+def torchrun(*arguments):
+    """Start it."""
+    command = [sys.executable, "-m", "torch.distributed.run", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(*launchers):
+    try:
+        errors = [launcher.communicate(timeout=300)[1] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.terminate()                                       # takes its ranks along; kill() would leave them
+    assert all(launcher.returncode == 0 for launcher in launchers), "\n".join(e[-3000:] for e in errors)
+
+
+def resumable(run, folder):
+    """A copy of a run at the checkpoint before its last."""
+    shutil.copytree(run, folder)
+    os.replace(folder / "state.prev.pt", folder / "state.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shared_argv(dfgn_argv):
+    return options(dfgn_argv, steps=16, save_every=8, log_every=1, precision="float32", ema=0.5)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(shared_argv, tmp_path_factory):
+    """Runs of two ranks: plain, zero, and zero as the plain one's second half."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "driver.py").write_text(DRIVER.replace('train.main(argv)', '''train.main(argv)
+    if argv[-1].endswith("plain") and train.os.environ["RANK"] == "0":
+        import pathlib, shutil
+        shutil.copytree(argv[-1], half := argv[-1].replace("plain", "half"))
+        pathlib.Path(half, "state.prev.pt").replace(pathlib.Path(half, "state.pt"))'''))
+    argvs = [[*map(str, shared_argv), *more, "--out", str(folder / name)] for name, more in
+             dict(plain=[], zero=["--zero"], half=["--zero"]).items()]
+    wait_for(torchrun("--standalone", "--nproc_per_node=2", folder / "driver.py", SCRIPT.parent, json.dumps(argvs)))
+    return folder
+
+
+def test_zero_changes_no_bit_and_no_file(two_ranks):
+    plain, zero, half = (state_of(two_ranks / name) for name in ("plain", "zero", "half"))
+    assert_same(plain, zero)
+    assert_same(plain, half)
+    assert log_of(two_ranks / "plain") == log_of(two_ranks / "zero") == log_of(two_ranks / "half")
+
+
+def test_a_run_goes_on_with_other_processes(two_ranks, shared_argv, tmp_path):
+    """Two ranks with --zero to step 8, then one without and with micro-batches, is a run of one all the time."""
+    run = resumable(two_ranks / "zero", tmp_path / "run")
+    run_train(*options(shared_argv, out=run, accumulate=2))
+    run_train(*options(shared_argv, out=tmp_path / "one"))
+    a, b = state_of(run), state_of(tmp_path / "one")
+    assert all(torch.allclose(a["net"][k], b["net"][k], atol=2e-3) for k in a["net"])
+    assert [x["loss"] for x in log_of(run)] == pytest.approx([x["loss"] for x in log_of(tmp_path / "one")], rel=1e-4)
+    for i, moments in a["optimizer"]["state"].items():
+        assert moments["step"] == 16 and all(torch.allclose(v, b["optimizer"]["state"][i][k], atol=1e-3) for k, v in moments.items())
+
+
 def test_loader_processes_change_nothing(dfgn_argv, tmp_path):
     for workers in (0, 2):
         run_train(*options(dfgn_argv, steps=6, out=tmp_path / str(workers), workers=workers, log_every=1))
