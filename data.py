@@ -198,8 +198,10 @@ def read_source(source, name):
         raise UserError(f"{name}: cannot be read as an image ({error.strerror})") from None
 
 
-def decode_frames(source, name, most=None, size=None, keep=()):
-    """-> frames (n, H, W, 4), durations, kept. Decodes from the start but converts and resizes the kept frames alone."""
+def decode_frames(source, name, most=None, size=None, keep=(), room=None):
+    """-> frames (n, H, W, 4), durations, kept. Decodes from the start but converts and resizes the kept frames alone.
+
+    room: an array (most, size, size, 4) to put them in; fresh memory for every file costs time."""
     content = read_source(source, name)
     try:
         with Image.open(io.BytesIO(webp_alpha(content)), formats=[*set(FORMATS.values())]) as image:
@@ -207,7 +209,7 @@ def decode_frames(source, name, most=None, size=None, keep=()):
             n = getattr(image, "n_frames", 1) - start
             check_canvas(name, *image.size, n)
             kept, durations, known = thin(n, most or n, keep), [], webp_durations(content) if image.format == "WEBP" else []
-            frames = np.empty((len(kept), *((size, size) if size else image.size[::-1]), 4), np.uint8)
+            frames = np.empty((len(kept), *((size, size) if size else image.size[::-1]), 4), np.uint8) if room is None else room[:len(kept)]
             for i in range(kept[-1] + 1 if len(known) == n else n):
                 load_frame(image, start + i, start)
                 durations.append(image.info.get("duration") or 100)
@@ -338,24 +340,31 @@ def features(frames):
 
 
 def compare(x):
-    """(n, F) -> number of each distinct row (n,), squared distances (n, n) float64."""
+    """(n, F) -> number of each distinct row (n,), squared distances (n, n) float64, rows that k-means begins from (MOST_KEYS at most)."""
     distinct = {}
     label = [distinct.setdefault(row.tobytes(), len(distinct)) for row in x]
     x = x.astype(np.float64)
     products = x @ x.T
     own = products.diagonal()
-    return np.array(label), (own[:, None] + own - 2 * products).clip(0)
+    apart = (own[:, None] + own - 2 * products).clip(0)
+    return np.array(label), apart, far_apart(apart, min(MOST_KEYS, len(distinct)))
 
 
-def kmeans(apart, k, rounds=10):
-    """Cluster numbers (n,) from squared distances (n, n): k-means++, then Lloyd's rounds, as scipy's kmeans2 draws them with rng=0.
-
-    Centres are means of frames, so that all follows from distances between frames: a tenth of the time that kmeans2 takes."""
+def far_apart(apart, most):
+    """Rows drawn by k-means++ from squared distances (n, n); the first k are those for k clusters, as draws always begin anew."""
     rng, n = np.random.default_rng(0), len(apart)
     seeds = [int(rng.integers(n))]
-    while len(seeds) < k:
+    while len(seeds) < most:
         nearest = apart[seeds].min(0)
         seeds.append(min(int(np.searchsorted((nearest / nearest.sum()).cumsum(), rng.uniform())), n - 1))
+    return seeds
+
+
+def kmeans(apart, seeds, rounds=10):
+    """Cluster numbers (n,) from squared distances (n, n): Lloyd's rounds from k rows, which makes it scipy's kmeans2 with rng=0.
+
+    Centres are means of frames, so that all follows from distances between frames: a tenth of the time that kmeans2 takes."""
+    n, k = len(apart), len(seeds)
     share, label = np.eye(n)[seeds], np.full(n, -1)                          # (k, n): each centre's weights of the frames
     for _ in range(rounds):
         to_frames = share @ apart
@@ -369,12 +378,12 @@ def kmeans(apart, k, rounds=10):
 
 
 def key_frames(x, k, compared=None):
-    """First frame of each of k clusters of the features x (n, F), in time order; exactly k even where clusters are empty.
+    """First frame of each of k clusters of the features x (n, F), in time order; exactly k, even where clusters are empty, of MOST_KEYS at most.
 
     compared: compare(x), where the caller has it."""
-    label, apart = compared or compare(x)
+    label, apart, seeds = compared or compare(x)
     if label.max() >= k:
-        label = kmeans(apart, k)
+        label = kmeans(apart, seeds[:k])
     first = np.unique(label, return_index=True)[1].tolist()
     fill = [i for i in even_frames(len(x), k) + list(range(len(x))) if i not in first]
     return sorted(first + list(dict.fromkeys(fill))[:k - len(first)])
@@ -406,7 +415,7 @@ def split_of(concept):
 
 # ---- preparing a set
 
-def decode(job, size, most):
+def decode(job, size, most, room=None):
     """Job -> (index record without `first`, frames (n, size, size, 4), input bytes, what tells them from others), or dict(file, reason)."""
     source, keep = job["source"], job.get("keep", ())
     if not job["caption"].strip():
@@ -417,7 +426,7 @@ def decode(job, size, most):
     else:
         try:
             content = read_source(source, job["file"])
-            frames, durations, kept = decode_frames(content, job["file"], most, size, keep)
+            frames, durations, kept = decode_frames(content, job["file"], most, size, keep, room)
         except UserError as error:
             return dict(file=job["file"], reason=str(error))
     record = {name: job[name] for name in ("file", "caption", "keywords", "concept", "group")}
@@ -586,10 +595,10 @@ def progress():
 def write_block(part, read, size, most, number, jobs):
     """Worker: write the frames of a block -> (summary, temporary file of frames, lines of the index and of what was skipped)."""
     temporary, digest = part / f"{shard(part, 'frames', number).name}.{os.getpid()}.tmp", hashlib.sha256()
-    lines, skipped, first, n_bytes = [], [], 0, 0
+    lines, skipped, first, n_bytes, room = [], [], 0, 0, np.empty((most, size, size, 4), np.uint8)
     with open(temporary, "wb") as file:
         for job in jobs:
-            decoded = decode(read(job), size, most)
+            decoded = decode(read(job), size, most, room)
             if isinstance(decoded, dict):
                 skipped.append(decoded)
                 continue
