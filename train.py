@@ -26,7 +26,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -36,12 +36,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
 from curriculum import Curriculum
 from data import (TASKS, ClipDataset, StepSampler, StickerSet, StickerTexts, TextCache, UserError, cond_mask, even_frames, fit_task, latents_ready,
                   open_latents, rng_for, run_cli, text_for, to_tensor, tokenize, write_latents)
-from model import PRESETS, RDTF, SD_PARTS, SD_SCALE, SD_VAE, TOWER_PARTS, VAE, Config, TextTower, sd_vae_weights, tower_weights
+from model import PRESETS, RDTF, SD_PARTS, SD_SCALE, SD_VAE, TOWER_PARTS, VAE, Config, Layer, TextTower, count, sd_vae_weights, tower_weights
 
 
 COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
@@ -89,6 +90,7 @@ class TrainConfig:
     workers: int = 0                      # data loading processes; changes nothing but the speed
     log_every: int = 20                   # steps
     save_every: int = 500                 # steps
+    dry_run: bool = False                 # print what a GPU would hold and compute, and stop; needs no data and no GPU; WORLD_SIZE=8 before it: on 8
 
 
 # ------------------------------------------------------------------------------------------------ processes, files
@@ -703,7 +705,7 @@ def flat(tree, prefix=""):
 
 def check_same_config(run, config, preset):
     """Resuming must not change what is trained; how it is watched may change. Returns the hashes of what it was started with."""
-    free = {"workers", "log_every", "save_every", "out", "accumulate", "checkpointing", "zero", "compile", "ema_device"}
+    free = {"workers", "log_every", "save_every", "out", "accumulate", "checkpointing", "zero", "compile", "ema_device", "dry_run"}
     old = json.loads((run / "config.json").read_text())
     started = {**asdict(TrainConfig()), **old["train"]}  # a field that is newer than the run had its default
     for key, value in asdict(config).items():
@@ -736,6 +738,12 @@ def check_options(config):
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
 
 
+def check_shares(config, world):
+    if config.batch % (world * config.accumulate):
+        times = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise UserError(f"--batch {config.batch}: not a multiple of the {world} processes{times}")
+
+
 def cut_log(path, step):
     """Drop log lines after the checkpoint: those steps are run again."""
     if path.is_file():
@@ -749,9 +757,7 @@ def train(config):
     run = Path(config.out or f"runs/{config.stage}")
     preset = resolve_config(config.preset, config.set)
     rank, world, device = setup()
-    if config.batch % (world * config.accumulate):
-        times = f" times --accumulate {config.accumulate}" if config.accumulate > 1 else ""
-        raise UserError(f"--batch {config.batch}: not a multiple of the {world} processes{times}")
+    check_shares(config, world)
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
     started = any((run / name).is_file() for name in ("state.pt", "state.prev.pt"))
@@ -869,6 +875,112 @@ def train(config):
             return rank == 0 and print(f"{run}: stopped by SIGTERM after step {done}; the same command goes on")
 
 
+# ------------------------------------------------------------------------------------------------ dry run
+class Assumed(TorchDispatchMode):
+    """What a network asks of inputs without numbers: the longest caption has all 77 tokens, and it is true that no frame is padded."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 77 if args[0].dtype == torch.int64 else True
+        return func(*args, **(kwargs or {}))
+
+
+def fused(q, k, v, attn_mask=None):
+    """Attention by a GPU's fused kernel, which keeps no scores; where there is no GPU torch would not choose it."""
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)[0]
+
+
+@contextmanager
+def no_numbers():
+    """Tensors made here have shapes and devices, but no memory."""
+    from unittest.mock import patch
+
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with FakeTensorMode(), Assumed(), patch.object(F, "scaled_dot_product_attention", fused):
+        yield
+
+
+def example(c, preset, n):
+    """(network, function that computes its loss on n samples of zeros)."""
+    v, T = preset.vae, preset.frames
+    if c.stage == "vae":
+        net, x, noise = VAE(v), torch.zeros(n, v.image_channels, v.size, v.size), torch.zeros(n, v.latent_channels, v.size // v.factor, v.size // v.factor)
+        return net, lambda: vae_losses(net, x, torch.zeros(n, 3), noise, v).mean()
+    net, z, mask = RDTF(preset), torch.zeros(n, T, v.channels, v.side, v.side), torch.ones(n, T)
+    tokens = torch.ones(n, 77, dtype=torch.int64) if net.text else torch.zeros(n, 77, preset.text.width)
+    return net, lambda: net(z, tokens, torch.zeros(n, dtype=torch.int64), torch.zeros_like(z), mask, mask).mean()
+
+
+def kept_bytes(net, loss):
+    """Bytes of the tensors that the backward pass of loss() needs beside the network's own: (all, the most that one Layer adds)."""
+    own, seen, layers = {x.untyped_storage()._cdata for x in (*net.parameters(), *net.buffers())}, {}, [0]
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage._cdata not in own:
+            seen[storage._cdata] = storage.nbytes()
+        return x
+    for layer in net.modules():
+        if isinstance(layer, Layer):
+            layer.register_forward_pre_hook(lambda *_: layers.append(-sum(seen.values())))
+            layer.register_forward_hook(lambda *_: layers.append(layers.pop() + sum(seen.values())))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        root = loss()                                                   # keeps them all, so that no storage comes twice
+    return sum(seen.values()), max(layers), root
+
+
+def activations(c, preset, n, bf16):
+    """Bytes kept for the backward pass of n samples, on a GPU that need not be there.
+
+    With checkpointing also one layer that is worked out again, or autocast's copies of the weights, which last until the loss."""
+    with no_numbers(), torch.device("cuda"):
+        torch.set_autocast_enabled("cuda", bf16), torch.set_autocast_dtype("cuda", torch.bfloat16)  # torch.autocast refuses without a GPU
+        try:
+            kept, layer, _ = kept_bytes(*example(c, preset, n))
+            if c.checkpointing:
+                net, loss = example(c, preset, n)
+                net.dfgn.checkpointing = True
+                kept = kept_bytes(net, loss)[0] + max(layer, 2 * count(net) * bf16)
+        finally:
+            torch.set_autocast_enabled("cuda", False), torch.clear_autocast_cache()
+    return kept
+
+
+def step_flops(c, preset, n):
+    """Floating-point operations of forward and backward pass of n samples, a multiplication and an addition being two."""
+    from torch.utils.flop_counter import FlopCounterMode
+    with no_numbers(), FlopCounterMode(display=False) as counter:
+        net, loss = example(c, preset, n)
+        if c.checkpointing:
+            net.dfgn.checkpointing = True
+        loss().backward()
+    return counter.get_total_flops()
+
+
+def dry_run(config):
+    """Print parameters, bytes of one GPU and operations of one step. Nothing of it is allocated."""
+    check_options(config)
+    preset, world = resolve_config(config.preset, config.set), int(os.environ.get("WORLD_SIZE", 1))
+    check_shares(config, world)
+    pick_precision(config.precision, torch.device("cpu"))  # refuses an unknown word
+    n, bf16 = config.batch // (world * config.accumulate), config.precision != "float32"
+    with torch.device("meta"):
+        parameters = count(example(config, preset, 1)[0])
+    flops = step_flops(config, preset, n) * config.accumulate
+    shares = world if config.zero else 1
+    kind = f"clips of {preset.frames} frames" if config.stage == "dfgn" else "images"
+    rows = dict(weights=(4 * parameters, "float32"), gradients=(4 * parameters, "float32"),
+                optimiser=(8 * parameters // shares, f"two moments, float32{f', 1/{shares} of them' if shares > 1 else ''}"),
+                averages=(4 * parameters * (config.ema_device == "same"), "of rank 0; float32" if config.ema_device == "same" else "in host memory"),
+                activations=(activations(config, preset, n, bf16), f"micro-batch of {n} {kind}, {'bf16' if bf16 else 'float32'}, "
+                                                                  f"checkpointing {'on' if config.checkpointing else 'off'}"))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{'parameters':<12}{parameters / 1e6:9.1f} M     {config.stage}, preset {preset.name}")
+        for name, (size, note) in [*rows.items(), ("sum", (sum(size for size, _ in rows.values()), "a GPU, without a kernel's own workspace"))]:
+            print(f"{name:<12}{size / 1e9:9.3f} GB    {note}")
+        print(f"{'FLOPs':<12}{flops / 1e12:9.3f} T     a step on each of {world} GPUs, {flops * world / 1e12:.3f} T in all: batch of {config.batch} {kind}")
+
+
 # ------------------------------------------------------------------------------------------------ command line
 def field_help():
     """The comment beside each field of TrainConfig."""
@@ -890,8 +1002,9 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    config = parse(argv)
     try:
-        train(parse(argv))
+        dry_run(config) if config.dry_run else train(config)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -985,3 +985,65 @@ def test_a_field_newer_than_the_run_had_its_default(dfgn_argv, tmp_path):
     run_train(*dfgn_argv, "--steps", 2, "--out", run)
     with pytest.raises(UserError, match="--tasks .*was started with \\[\\]"):
         run_train(*dfgn_argv, "--steps", 2, "--out", run, "--tasks", "t2v")
+
+
+# ---- dry run
+
+def dry(capsys, *argv):
+    """{row: (number, the rest)} that --dry-run prints."""
+    run_train(*argv, "--dry-run", "--data", "none", "--vae", "none", "--out", "none")
+    return {line.split()[0]: (float(line.split()[1]), " ".join(line.split()[2:])) for line in capsys.readouterr().out.splitlines()}
+
+
+def really(c, preset, n, checkpointing=False):
+    """(bytes that a real forward pass on the CPU leaves for the backward pass, operations of both)."""
+    from torch.utils.flop_counter import FlopCounterMode
+    torch.manual_seed(0)
+    net, loss = train.example(c, preset, n)
+    if checkpointing:
+        net.dfgn.checkpointing = True
+    own, seen = {p.data_ptr() for p in (*net.parameters(), *net.buffers())}, {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in own:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().size()
+        return x
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            root = loss()
+        root.backward()
+    return sum(seen.values()), counter.get_total_flops()
+
+
+@pytest.mark.parametrize("stage, more", [("vae", {}), ("dfgn", {}), ("dfgn", dict(checkpointing=True))])
+def test_a_dry_run_counts_what_a_run_does(stage, more):
+    config, preset = TrainConfig(stage=stage, **more), PRESETS["tiny"]
+    kept, flops = really(config, preset, 2, **more)
+    assert train.step_flops(config, preset, 2) == flops
+    with train.no_numbers():
+        net, loss = train.example(config, preset, 2)
+        if more:
+            net.dfgn.checkpointing = True
+        counted, layer, _ = train.kept_bytes(net, loss)
+    assert counted == kept and layer < counted
+    assert sum(p.numel() for p in train.example(config, preset, 1)[0].parameters()) == sum(p.numel() for p in net.parameters())
+
+
+def test_a_dry_run_of_the_papers_preset_allocates_nothing(capsys, monkeypatch):
+    import resource
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rows = dry(capsys, "--preset", "paper", "--batch", 32, "--accumulate", 2, "--zero", "--checkpointing", "--ema-device", "cpu")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000                       # kB: less than a tenth of the weights
+    assert rows["parameters"][0] == pytest.approx(960, abs=2) and rows["weights"][0] == pytest.approx(3.84, abs=0.01)
+    assert rows["optimiser"][0] == pytest.approx(0.96, abs=0.01) and rows["averages"][0] == 0
+    assert rows["sum"][0] == pytest.approx(sum(rows[k][0] for k in ("weights", "gradients", "optimiser", "averages", "activations")), abs=0.01)
+    assert rows["activations"][0] < 6 and "micro-batch of 2 clips" in rows["activations"][1] and "on each of 8 GPUs" in rows["FLOPs"][1]
+
+
+def test_a_dry_run_refuses_what_a_run_would(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for argv, said in ((["--batch", 12], "--batch 12: not a multiple of the 8 processes$"), (["--batch", 8, "--accumulate", 2], "processes times --accumulate 2"),
+                       (["--batch", 8, "--stage", "vae", "--checkpointing"], "--checkpointing"), (["--batch", 8, "--ema-device", "disk"], "--ema-device disk")):
+        with pytest.raises(UserError, match=said):
+            run_train("--preset", "tiny", "--dry-run", *argv)
