@@ -1465,9 +1465,10 @@ def bench_ingest(packages, count=384, rounds=3, lines=(10_000, 100_000)):
                 for workers in (1, 2):
                     seconds[workers].append(seconds_of(lambda: ingest(manifest, root, size, workers)))
                     shutil.rmtree(root / "set")
-            decoding, one, two = (min(seconds[key]) for key in ("decoding", 1, 2))
+            (decoding, one, two), (alone, cpu, _) = zip(*(map(min, zip(*seconds[key])) for key in ("decoding", 1, 2)))
             print(f"{size} px: decoding alone {len(files) / decoding:.1f} stickers/s, {frames / decoding:.0f} frames/s; "
-                  f"1 worker {len(files) / one:.1f} stickers/s, {100 * (one / decoding - 1):+.1f} % time; "
+                  f"1 worker {len(files) / one:.1f} stickers/s, {100 * (one / decoding - 1):+.1f} % time "
+                  f"({100 * (cpu / max(alone, 0.01) - 1):+.1f} % of processors' time); "
                   f"2 workers {len(files) / two:.1f} stickers/s, {one / two:.2f} times 1 worker", flush=True)
         small = root / "small"
         small.mkdir()
@@ -1486,9 +1487,10 @@ def bench_ingest(packages, count=384, rounds=3, lines=(10_000, 100_000)):
 
 
 def seconds_of(work):
-    start = time.perf_counter()
+    """-> (seconds, processor seconds, those of the processes that it started included)."""
+    start, before = time.perf_counter(), sum(os.times()[:4])
     work()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, sum(os.times()[:4]) - before
 
 
 def ingest(manifest, root, size, workers):
