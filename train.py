@@ -111,7 +111,7 @@ def setup():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1:
-        limit = timedelta(days=2)  # rank 0 may encode a large set for hours; a process that dies is torchrun's to notice
+        limit = timedelta(hours=1)  # rank 0 may encode latents meanwhile; killed, it goes on where it was. Processes that miss each other give up
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
     return rank, world, device
 

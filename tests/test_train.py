@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -383,6 +384,16 @@ def test_a_run_goes_on_with_other_processes(two_ranks, shared_argv, tmp_path):
     assert [x["loss"] for x in log_of(run)] == pytest.approx([x["loss"] for x in log_of(tmp_path / "one")], rel=1e-4)
     for i, moments in a["optimizer"]["state"].items():
         assert moments["step"] == 16 and all(torch.allclose(v, b["optimizer"]["state"][i][k], atol=1e-3) for k, v in moments.items())
+
+
+def test_two_agents_are_one_with_two_ranks(two_ranks, shared_argv, tmp_path):
+    """Two torchrun agents, as on two nodes, that meet at an address: bit for bit what one agent's two ranks do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    meet = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", address, "--rdzv_id", "stickers", "--local_addr", "127.0.0.1"]
+    wait_for(*(torchrun(*meet, SCRIPT, *shared_argv, "--zero", "--out", tmp_path / "run") for _ in range(2)))
+    assert_same(state_of(two_ranks / "plain"), state_of(tmp_path / "run"))
 
 
 def test_loader_processes_change_nothing(dfgn_argv, tmp_path):
