@@ -119,8 +119,7 @@ def peak(checkpointing, bf16):
     keep_memory()
     c = PRESETS["paper"].dfgn
     net, batch = DFGN(c, checkpointing), clip_batch(c, 1, 8, 32)
-    before, kept = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, {}
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
 
     def pack(x):
         if x.untyped_storage().data_ptr() not in own:
@@ -129,14 +128,14 @@ def peak(checkpointing, bf16):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss = net(**batch).float().square().mean()
     loss.backward()
-    print(json.dumps(dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, before=before / 2 ** 20,
-                          weights=count(net) * 4 / 2 ** 30, kept=sum(kept.values()) / 2 ** 30)))
+    print(json.dumps(dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+                          weights=count(net) * 4 / 1e9, kept=sum(kept.values()) / 1e9)))
 
 
 def memory():
     """Each case in a process of its own."""
     print("\npaper preset, 1 clip, forward and backward\n\n| | peak, GB | weights + gradients, GB | kept for the backward pass, GB |\n| --- | --- | --- | --- |")
-    for name, checkpointing, bf16 in (("float32", 0, 0), ("float32, checkpointing", 1, 0), ("bf16", 0, 1), ("bf16, checkpointing", 1, 1)):
+    for name, checkpointing, bf16 in (("float32", False, False), ("float32, checkpointing", True, False), ("bf16", False, True)):
         done = subprocess.run([sys.executable, "-c", f"import bench; bench.peak({checkpointing}, {bf16})"], cwd=Path(__file__).parent, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"memory, {name}: the process ended with {done.returncode} {done.stderr[-200:]}")
@@ -159,7 +158,7 @@ def scale(rounds=3):
           f"{100 * 32 * square / b:.1f} % at 32, and half of it from {(a - 8 * square) / square:.0f} frames on")
 
 
-def ranks(data="data/fluent", vae="runs/vae/model.safetensors", steps=40, rounds=2):
+def ranks(data, vae, steps=40, rounds=2):
     """Clips a second of train.py on one rank and on two, one thread each, mini preset, batch 8."""
     rates = {1: [], 2: []}
     for _ in range(rounds):
@@ -178,12 +177,15 @@ def ranks(data="data/fluent", vae="runs/vae/model.safetensors", steps=40, rounds
 
 def main(argv=None):
     cases = dict(forward=lambda: measure(PRESETS["paper"].dfgn, 1, 8, 32, 3, ("forward, float32", "forward, bf16")),
-                 train=lambda: measure(PRESETS["paper"].dfgn, 1, 8, 32, 2, ("forward, float32", "forward and backward, float32", "forward and backward, bf16",
+                 train=lambda: measure(PRESETS["paper"].dfgn, 1, 8, 32, 1, ("forward, float32", "forward and backward, float32", "forward and backward, bf16",
                                                                            "the same with checkpointing, float32")),
-                 memory=memory, small=lambda: measure(SMALL, 2, 8, 16, 7, ("forward, float32", "forward and backward, float32")), scale=scale, ranks=ranks)
+                 memory=memory, small=lambda: measure(SMALL, 2, 8, 16, 7, ("forward, float32", "forward and backward, float32")), scale=scale, ranks=lambda: ranks(args.data, args.vae))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help=f"some of {', '.join(cases)}; none: all but ranks")
-    what = parser.parse_args(argv).what or [name for name in cases if name != "ranks"]
+    parser.add_argument("--data", default="data/fluent", help="of ranks: a prepared set of 64 px (default: %(default)s)")
+    parser.add_argument("--vae", default="runs/vae/model.safetensors", help="of ranks (default: %(default)s)")
+    args = parser.parse_args(argv)
+    what = args.what or [name for name in cases if name != "ranks"]
     for name in what:
         if name not in cases:
             raise UserError(f"{name}: nothing to measure by this name; choose from {', '.join(cases)}")

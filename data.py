@@ -1277,11 +1277,11 @@ class TextCache:
             rows = path.with_suffix(".bin")
             if not rows.is_file() or rows.stat().st_size != len(k) * self.row:
                 raise UserError(f"{rows}: missing or of the wrong length; remove {path} and let train.py write both again")
-        self.shards = [Mapped(path.with_suffix(".bin"), np.float16, (len(k), *self.shape)) for path, k in zip(paths, keys)]
+        self.map = functools.lru_cache(256)(lambda s: np.memmap(paths[s].with_suffix(".bin"), np.float16, "r", shape=(len(keys[s]), *self.shape)))
         self.starts = np.cumsum([0, *map(len, keys)])
-        keys = np.concatenate([self.keys[:0], *keys])
-        self.order = np.argsort(keys)
-        self.keys = keys[self.order]
+        every = np.concatenate([self.keys[:0], *keys])
+        self.order = np.argsort(every)
+        self.keys = every[self.order]
 
     def missing(self, texts):
         """Places of the texts (a sequence) that are not there, of each text the first, in order."""
@@ -1318,7 +1318,7 @@ class TextCache:
             raise UserError(f"{self.folder}: lacks features of a text of this run; remove it and let train.py write it again")
         rows = self.order[places]
         shards = np.searchsorted(self.starts, rows, "right") - 1
-        return np.stack([self.shards[s][r - self.starts[s]] for s, r in zip(shards, rows)]).astype(np.float32)
+        return np.stack([self.map(s)[r - self.starts[s]] for s, r in zip(shards, rows)]).astype(np.float32)
 
 
 @functools.lru_cache(8)

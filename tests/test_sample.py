@@ -1,5 +1,4 @@
 """sample.py: DDIM in closed form, guidance by its definition, given frames untouched, files that other programs open."""
-import json
 import os
 import shutil
 import subprocess
