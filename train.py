@@ -102,6 +102,14 @@ def keep_memory():
         mallopt(-1, 2 ** 31 - 1)                          # M_TRIM_THRESHOLD: freed memory stays
 
 
+def meeting_place(rank, world):
+    """Arguments of init_process_group under torchrun, whose store outlives a restart: the dead group's addresses must not be read again."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False)
+    return dict(store=dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store), rank=rank, world_size=world)
+
+
 def setup():
     """(rank, world, device) of this process; joins the group that torchrun announces."""
     keep_memory()
@@ -112,7 +120,7 @@ def setup():
         torch.cuda.set_device(device)
     if world > 1:
         limit = timedelta(hours=1)  # rank 0 may encode latents meanwhile; killed, it goes on where it was. Processes that miss each other give up
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=limit, **meeting_place(rank, world))
     return rank, world, device
 
 

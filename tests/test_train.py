@@ -771,7 +771,7 @@ def test_stable_diffusions_weights_from_files(sd_vae, sd_checkpoint, tmp_path):
     assert_same({k: v for k, v in vae.state_dict().items() if k in want}, want)                       # float32, whatever the file holds
     x = torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)
     z = vae.encode(x)
-    y, same = vae.decode(z), {}
+    y = vae.decode(z)
     save_file({k: v.half() for k, v in sd_vae["old"].items()}, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     torch.save({**{k: v.half() for k, v in sd_vae["compvis"].items()}, "loss.logvar": torch.zeros(())}, tmp_path / "vae.pt")
     torch.save({k: v.half() for k, v in sd_vae["diffusers"].items()}, tmp_path / "diffusion_pytorch_model.bin")
@@ -1058,3 +1058,21 @@ def test_a_dry_run_refuses_what_a_run_would(monkeypatch):
                        (["--batch", 8, "--stage", "vae", "--checkpointing"], "--checkpointing"), (["--batch", 8, "--ema-device", "disk"], "--ema-device disk")):
         with pytest.raises(UserError, match=said):
             run_train("--preset", "tiny", "--dry-run", *argv)
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds a rank's process in /proc")
+def test_a_killed_rank_is_started_again_and_nothing_is_lost(two_ranks, shared_argv, tmp_path):
+    """torchrun starts all ranks anew, and they go on from the last checkpoint by themselves."""
+    run = tmp_path / "run"
+    launcher = torchrun("--standalone", "--nproc_per_node=2", "--max-restarts=1", SCRIPT, *shared_argv, "--zero", "--out", run)
+    while launcher.poll() is None and not (run / "state.pt").is_file():
+        time.sleep(0.005)
+    os.kill(children(launcher.pid)[-1], signal.SIGKILL)
+    assert state_of(run)["step"] == 8                                   # killed before the end
+    wait_for(launcher)
+    assert_same(state_of(two_ranks / "plain"), state_of(run))
+    assert [line["step"] for line in log_of(run)] == list(range(1, 17)) and log_of(run)[-1]["loss"] == pytest.approx(log_of(two_ranks / "plain")[-1]["loss"])
