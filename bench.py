@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data import UserError, run_cli
 from model import DFGN, PRESETS, count
-from train import keep_memory
+from train import keep_memory, kept_bytes
 
 SMALL = replace(PRESETS["paper"].dfgn, widths=(64, 128, 192, 256))
 
@@ -119,17 +119,11 @@ def peak(checkpointing, bf16):
     keep_memory()
     c = PRESETS["paper"].dfgn
     net, batch = DFGN(c, checkpointing), clip_batch(c, 1, 8, 32)
-    kept, own = {}, {p.untyped_storage().data_ptr() for p in net.parameters()}
-
-    def pack(x):
-        if x.untyped_storage().data_ptr() not in own:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = net(**batch).float().square().mean()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        kept, _, loss = kept_bytes(net, lambda: net(**batch).float().square().mean())
     loss.backward()
     print(json.dumps(dict(peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
-                          weights=count(net) * 4 / 1e9, kept=sum(kept.values()) / 1e9)))
+                          weights=count(net) * 4 / 1e9, kept=kept / 1e9)))
 
 
 def memory():

@@ -1160,6 +1160,12 @@ def latents_ready(folder, vae_hash):
     return meta.get("vae") == vae_hash and meta.get("set") == read_meta(folder)["hash"]
 
 
+def half(x):
+    """A float array or tensor -> float16 array, cut to its range."""
+    x = np.asarray(x.detach().float().cpu() if torch.is_tensor(x) else x)
+    return np.clip(x, -65504, 65504).astype(np.float16)
+
+
 def write_latents(folder, vae_hash, n, shape, batches):
     """Write the cache of n frames. batches(i) yields (mean, logvar) of the frames from i on, float arrays or tensors (b, *shape), in order.
 
@@ -1192,7 +1198,7 @@ def write_latent_shards(part, done, shape, lengths, batches):
     """Write the batches into the files from number `done` on -> how many frames of this shape came."""
     came, number, filled = 0, done, 0
     for batch in batches:
-        pair = [np.asarray(x.detach().float().cpu() if torch.is_tensor(x) else x) for x in batch]
+        pair = [half(x) for x in batch]
         if any(x.shape[1:] != tuple(shape) for x in pair):
             return came
         came += len(pair[0])
@@ -1200,7 +1206,7 @@ def write_latent_shards(part, done, shape, lengths, batches):
             here = lengths[number] - filled
             for name, x in zip(("mean", "logvar"), pair):
                 with open(part / f"{name}.tmp", "ab") as file:
-                    file.write(np.clip(x[:here], -65504, 65504).astype(np.float16).tobytes())      # float16's range
+                    file.write(x[:here].tobytes())
             filled, pair = filled + len(pair[0][:here]), [x[here:] for x in pair]
             if filled == lengths[number]:
                 for name in ("mean", "logvar"):                              # logvar last: it says that both are there
@@ -1297,18 +1303,12 @@ class TextCache:
             rows, named = (Path(temporary) / f"{name}.{kind}" for kind in ("bin", "npy"))
             with open(rows, "wb") as file:
                 for x in batches:
-                    x = np.asarray(x.detach().float().cpu() if torch.is_tensor(x) else x)
-                    file.write(np.clip(x, -65504, 65504).astype(np.float16).tobytes())
-                file.flush()
-                os.fsync(file.fileno())
+                    file.write(half(x).tobytes())
             if rows.stat().st_size != len(texts) * self.row:
                 raise UserError(f"{self.folder}: {rows.stat().st_size} bytes came for {len(texts)} texts, {len(texts) * self.row} were expected")
-            with open(named, "wb") as file:
-                np.save(file, keys)
-                file.flush()
-                os.fsync(file.fileno())
-            rows.replace(self.folder / rows.name)
-            named.replace(self.folder / named.name)
+            np.save(named, keys)
+            settle(rows, self.folder / rows.name)
+            settle(named, self.folder / named.name)
 
     def __getitem__(self, texts):
         """List of B texts -> features (B, 77, width) float32."""
