@@ -386,8 +386,9 @@ class VAE(nn.Module):
             self.register_buffer("latent_axes", torch.eye(config.channels))
 
     def images(self, x):
-        """Images (N, 4, H, W), premultiplied RGBA, as this VAE takes them: its channels alone, on its device."""
-        return x[:, :self.config.image_channels].to(self.latent_mean.device)
+        """Images (..., 4, H, W), premultiplied RGBA in [-1, 1], as this VAE takes them: on its device, and on white where it knows no alpha."""
+        x = x.to(self.latent_mean.device)
+        return x if self.config.image_channels == 4 else x[..., :3, :, :] + 1 - x[..., 3:, :, :]
 
     def moments(self, x):
         """Images (N, C, H, W) -> mean and log-variance, each (N, c, h, w), not standardised."""

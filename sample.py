@@ -69,16 +69,16 @@ class Sampler:
         d = self.settings(bool(mask.any()), steps=steps, spacing=spacing, eta=eta, text_scale=text_scale, image_scale=image_scale)
         known = torch.zeros(B, self.T, self.config.dfgn.channels, side, side)
         if mask.any():
-            x = torch.stack([to_tensor(f) for f in frames])  # (B, T, 4, S, S)
+            x = self.vae.images(torch.stack([to_tensor(f) for f in frames]))  # (B, T, C, S, S)
             given = mask.bool()
-            known[given] = self.vae.encode(self.vae.images(x[given])).cpu()
+            known[given] = self.vae.encode(x[given]).cpu()
         rngs = [np.random.default_rng(s) for s in seeds]
         z = ddim(self.net, tokenize(prompts), known.to(self.device), mask.to(self.device), rngs, tower=self.tower, **d)
         y = self.vae.decode(z.flatten(0, 1)).unflatten(0, (B, self.T)).float().cpu()
         if mask.any():
             decoded = torch.zeros_like(y)
             decoded[given] = self.vae.decode(known[given].to(self.device)).float().cpu()
-            y = keep_given(y, x, decoded, mask, detail)
+            y = keep_given(y, x.cpu(), decoded, mask, detail)
         if y.shape[2] == 3:  # a VAE without alpha, as Stable Diffusion's: opaque
             y = torch.cat([y, torch.ones_like(y[:, :, :1])], 2)
         out = to_rgba(y)
@@ -94,7 +94,7 @@ def keep_given(y, x, reconstructed, cond_mask, detail=True, sigma=0.1):
     if not detail:
         return y
     index = torch.from_numpy(nearest_given(cond_mask.numpy()))[:, :, None, None, None].expand_as(y)
-    near, near_decoded = x[:, :, :y.shape[2]].gather(1, index), reconstructed.gather(1, index)
+    near, near_decoded = x.gather(1, index), reconstructed.gather(1, index)
     change = ((y - near_decoded) ** 2).mean(2)
     change = F.avg_pool2d(change, 3, stride=1, padding=1, count_include_pad=False)  # (B, T, H, W)
     same = torch.exp(-change / (2 * sigma ** 2))[:, :, None] * cond_mask.amax(1)[:, None, None, None, None]

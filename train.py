@@ -449,12 +449,12 @@ class VAEStage:
             images, backgrounds = zip(*(draw_image(self.stickers, self.config, step, n) for n in share))
             size = (self.preset.vae.latent_channels, *(s // self.preset.vae.factor for s in images[0].shape[1:]))
             noise = np.stack([rng_for(self.config.seed, step, n, 2).standard_normal(size, np.float32) for n in share])
-            yield step, dict(x=torch.stack(images)[:, :self.preset.vae.image_channels], background=torch.stack(backgrounds), noise=torch.from_numpy(noise))
+            yield step, dict(x=torch.stack(images), background=torch.stack(backgrounds), noise=torch.from_numpy(noise))
 
     def losses(self, net, batch):
         """-> losses (b,), and per sample a task number and a timestep decile (none here: 0)."""
         batch = send(batch, self.device)
-        losses = vae_losses(net, batch["x"], batch["background"], batch["noise"], self.preset.vae)
+        losses = vae_losses(net, self.net.images(batch["x"]), batch["background"], batch["noise"], self.preset.vae)
         return losses, torch.zeros(2, len(losses))
 
     def finish(self, weights):

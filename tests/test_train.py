@@ -515,6 +515,8 @@ def test_a_vae_of_opaque_images(stickers16, tmp_path):
     assert train.vae_losses(vae, x, torch.zeros(2, 3), torch.zeros(2, vae.config.latent_channels, 4, 4), vae.config).shape == (2,)
     train.measure_latents(vae, stickers, 0, 64)
     assert np.isfinite(train.vae_psnr(vae, stickers, 8)).all()
+    rgba = np.array([[[[200, 100, 0, 255], [200, 100, 0, 51], [9, 9, 9, 0]]]], np.uint8)  # opaque, a fifth of it, clear
+    assert torch.allclose((vae.images(data.to_tensor(rgba))[0, :, 0].T + 1) * 127.5, torch.tensor([[200., 100, 0], [244, 224, 204], [255, 255, 255]]), atol=1e-3)
     copy = Path(shutil.copytree(stickers16, tmp_path / "set", ignore=shutil.ignore_patterns("latents-*")))
     train.cache_latents(vae, "e" * 64, copy)
     assert data.latents_ready(copy, "e" * 64)
