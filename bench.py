@@ -153,20 +153,21 @@ def scale(rounds=3):
 
 
 def ranks(data, vae, steps=40, rounds=2):
-    """Clips a second of train.py on one rank and on two, one thread each, mini preset, batch 8."""
-    rates = {1: [], 2: []}
+    """Clips a second of train.py, mini preset, one thread a rank: one rank with 8 clips a step, two with 8 each, and two that share the 8."""
+    rates = {(1, 8): [], (2, 16): [], (2, 8): []}        # (ranks, batch)
     for _ in range(rounds):
-        for n, found in rates.items():
+        for (n, batch), found in rates.items():
             with tempfile.TemporaryDirectory() as run:
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "train.py", "--data", data, "--vae", vae, "--batch", "8",
-                           "--steps", str(steps), "--log-every", str(steps // 4), "--out", run]
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), "train.py", "--data", data, "--vae", vae,
+                           "--batch", str(batch), "--steps", str(steps), "--log-every", str(steps // 4), "--out", run]
                 done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
                 if done.returncode:
                     raise UserError(f"ranks: train.py ended with {done.returncode}: {done.stderr[-300:]}")
                 log = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-                found.append(statistics.median(line["clips_per_s"] for line in log[1:]))
-    one, two = (statistics.median(rates[n]) for n in (1, 2))
-    print(f"\nmini preset, batch 8: 1 rank {one:.2f} clips/s, 2 ranks {two:.2f} clips/s, {two / one:.2f} times as many")
+                found += [line["clips_per_s"] for line in log[1:]]
+    one, more, same = (statistics.median(found) for found in rates.values())
+    print(f"\nmini preset: 1 rank {one:.1f} clips/s with 8 clips a step; 2 ranks {more:.1f} with 8 each, {more / one:.2f} times as many; "
+          f"2 ranks {same:.1f} with 4 each, {same / one:.2f} times")
 
 
 def main(argv=None):
