@@ -27,7 +27,7 @@ import time
 import zipfile
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -909,12 +909,13 @@ def no_numbers():
 
 
 def example(c, preset, n):
-    """(network, function that computes its loss on n samples of zeros)."""
+    """(network, function that computes its loss on n samples of zeros), as the configuration trains it."""
     v, T = preset.vae, preset.frames
     if c.stage == "vae":
         net, x, noise = VAE(v), torch.zeros(n, v.image_channels, v.size, v.size), torch.zeros(n, v.latent_channels, v.size // v.factor, v.size // v.factor)
         return net, lambda: vae_losses(net, x, torch.zeros(n, 3), noise, v).mean()
     net, z, mask = RDTF(preset), torch.zeros(n, T, v.channels, v.side, v.side), torch.ones(n, T)
+    net.dfgn.checkpointing = c.checkpointing
     tokens = torch.ones(n, 77, dtype=torch.int64) if net.text else torch.zeros(n, 77, preset.text.width)
     return net, lambda: net(z, tokens, torch.zeros(n, dtype=torch.int64), torch.zeros_like(z), mask, mask).mean()
 
@@ -944,10 +945,9 @@ def activations(c, preset, n, bf16):
     with no_numbers(), torch.device("cuda"):
         torch.set_autocast_enabled("cuda", bf16), torch.set_autocast_dtype("cuda", torch.bfloat16)  # torch.autocast refuses without a GPU
         try:
-            kept, layer, _ = kept_bytes(*example(c, preset, n))
+            kept, layer, _ = kept_bytes(*example(replace(c, checkpointing=False), preset, n))
             if c.checkpointing:
                 net, loss = example(c, preset, n)
-                net.dfgn.checkpointing = True
                 kept = kept_bytes(net, loss)[0] + max(layer, 2 * count(net) * bf16)
         finally:
             torch.set_autocast_enabled("cuda", False), torch.clear_autocast_cache()
@@ -958,10 +958,7 @@ def step_flops(c, preset, n):
     """Floating-point operations of forward and backward pass of n samples, a multiplication and an addition being two."""
     from torch.utils.flop_counter import FlopCounterMode
     with no_numbers(), FlopCounterMode(display=False) as counter:
-        net, loss = example(c, preset, n)
-        if c.checkpointing:
-            net.dfgn.checkpointing = True
-        loss().backward()
+        example(c, preset, n)[1]().backward()
     return counter.get_total_flops()
 
 
