@@ -1082,7 +1082,7 @@ class ByConcept(Mapping):
 class StickerSet:
     """A prepared set, or its stickers of one split or some groups. Millions of stickers take some 100 MB: what is long stays in its file.
 
-    records: index lines; lengths: their numbers of frames; frames: (all frames of the folder, S, S, 4) uint8 map; members: for each concept
+    records: index lines; lengths, split: their numbers of frames, their splits; frames: (all frames of the folder, S, S, 4) uint8 map; members: for each concept
     its records' numbers; concepts: their names, sorted; by_concept: name -> member.
     """
     def __init__(self, folder, split=None, groups=None):
@@ -1100,7 +1100,7 @@ class StickerSet:
             own &= np.isin(table["group"], [i for i, group in enumerate(self.meta["groups"]) if group in groups])
         rows = np.flatnonzero(own)
         self.records, self.lengths = Records(index, np.ascontiguousarray(table["end"]), rows), table["n"][rows]
-        self.concept = table["concept"][rows].astype(np.int64)
+        self.concept, self.split = table["concept"][rows].astype(np.int64), np.array(SPLITS)[table["split"][rows]]
         self.members = Members(self.concept)
         self.concepts = Concepts(self.members, self.records)
         self.by_concept = ByConcept(self.concepts)

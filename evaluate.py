@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import bench
 from curriculum import KD, KI, KP
-from data import (TASKS, StickerSet, UserError, check_sheet, contact_sheet, eval_mask, even_frames, given_frames, mask_of, nearest_given, read_jsonl, run_cli, tokenize,
+from data import (TASKS, Members, StickerSet, UserError, check_sheet, contact_sheet, eval_mask, even_frames, given_frames, mask_of, nearest_given, read_jsonl, run_cli, tokenize,
                   to_rgba, to_tensor, write_animation)
 from metrics import (CLIPRows, DOVERRows, I3DRows, JudgeRows, LocalRows, NIQE, NIQERows, bootstrap, bootstrap_fd, clip_scores, dover_fuse, extrapolate,
                      fd_app, fd_mot, fit_judge, frechet, on_white, psnr, recall, save_judge)
@@ -55,15 +55,13 @@ PAPER = Path(__file__).with_name("assets") / "paper_tables.json"
 
 
 # ------------------------------------------------------------------------------------------------ clips
-def pick(records, n, T, seed):
-    """Up to n records of at least T frames, one a concept: which variant, and the order of the concepts, by the seed."""
-    variants = defaultdict(list)
-    for record in records:
-        if record["n"] >= T:
-            variants[record["concept"]].append(record)
-    rng = np.random.default_rng(seed)
-    chosen = [variants[c][int(rng.integers(len(variants[c])))] for c in sorted(variants)]
-    return [chosen[i] for i in rng.permutation(len(chosen))[:n]]
+def pick(stickers, n, T, seed, among=True):
+    """Up to n records of at least T frames, one a concept: which variant, and the order of the concepts, by the seed.
+
+    among: (records,) bool, True for those that may be picked."""
+    members, rng = Members(stickers.concept, np.flatnonzero((stickers.lengths >= T) & among)), np.random.default_rng(seed)
+    chosen = [variants[int(rng.integers(len(variants)))] for variants in members]
+    return [stickers.records[chosen[i]] for i in rng.permutation(len(chosen))[:n]]
 
 
 def read_clips(stickers, records, T):
@@ -176,12 +174,12 @@ class Test:
         self.args, self.T, self.stickers = args, T, StickerSet(args.data, groups=args.groups)
         if size not in (None, self.stickers.size):
             raise UserError(f"--data {args.data}: {self.stickers.size} px, the model makes {size}")
-        own = lambda r: r["split"] == args.split
-        self.records = pick([r for r in self.stickers.records if own(r)], args.n, T, args.seed)
+        own = self.stickers.split == args.split
+        self.records = pick(self.stickers, args.n, T, args.seed, own)
         if len(self.records) < 2:
             where = f" in --groups {' '.join(args.groups)}" if args.groups else ""
             raise UserError(f"--split {args.split}: {len(self.records)} concepts with {T} frames{where} in {args.data}; at least 2 are needed")
-        self.strangers = pick([r for r in self.stickers.records if not own(r)], max(512, len(self.records)), T, args.seed)
+        self.strangers = pick(self.stickers, max(512, len(self.records)), T, args.seed, ~own)
         self.captions, self.files = ([r[key] for r in self.records] for key in ("caption", "file"))
         self.set_hash, self.real = self.stickers.meta["hash"], read_clips(self.stickers, self.records, T)
         self.folder = Path(args.data) / "eval"
@@ -722,28 +720,28 @@ def wrong_captions(n, percent, rng):
     return order
 
 
-def split_concepts(records, n, T, rng):
+def split_concepts(stickers, n, T, rng):
     """Two lists of up to n animated stickers of the training split with no concept in common, all variants allowed, of equal length."""
-    records = [r for r in records if r["split"] == "train" and r["n"] >= T]
-    concepts = sorted({r["concept"] for r in records})
-    first = {concepts[i] for i in rng.permutation(len(concepts))[:len(concepts) // 2]}
-    halves = [[r for r in records if (r["concept"] in first) == side] for side in (True, False)]
+    rows = np.flatnonzero((stickers.split == "train") & (stickers.lengths >= T))
+    concepts = np.unique(stickers.concept[rows])
+    first = np.isin(stickers.concept[rows], concepts[rng.permutation(len(concepts))[:len(concepts) // 2]])
+    halves = [rows[first], rows[~first]]
     n = min(n, *map(len, halves))
     if n < 2:
         raise UserError("--check-metrics: the training split has too few concepts with an animation for two halves")
-    return [[half[i] for i in rng.permutation(len(half))[:n]] for half in halves]
+    return [[stickers.records[half[i]] for i in rng.permutation(len(half))[:n]] for half in halves]
 
 
 def react(test, seed, args):
     """{metric: {"real": value, damage: [values]}} of one seed. Distances: of damaged stickers to others of other concepts; the rest: of held-out ones."""
     rng, values = np.random.default_rng(seed), defaultdict(lambda: defaultdict(list))
-    reference, others = (to_white(read_clips(test.stickers, half, test.T)) for half in split_concepts(test.stickers.records, args.n, test.T, rng))
-    held = pick([r for r in test.stickers.records if r["split"] != "train"], 512, test.T, seed)
+    reference, others = (to_white(read_clips(test.stickers, half, test.T)) for half in split_concepts(test.stickers, args.n, test.T, rng))
+    held = pick(test.stickers, 512, test.T, seed, test.stickers.split != "train")
     shown, captions = to_white(read_clips(test.stickers, held, test.T)), np.array([r["caption"] for r in held])
     look = lambda clips, kinds: {x.name: np.concatenate([x(clips[i:i + x.batch]) for i in range(0, len(clips), x.batch)]).astype(float) for x in test.extractors if x.name in kinds}
     single = {"niqe", "judge", "clip", "dover"}
     rows = look(reference, DISTANT)
-    one_each = pick([r for r in test.stickers.records if r["split"] == "train"], 512, test.T, seed)    # twins on both sides would look alike
+    one_each = pick(test.stickers, 512, test.T, seed, test.stickers.split == "train")    # twins on both sides would look alike
     test.niqe = NIQE(look(to_white(read_clips(test.stickers, one_each, test.T)), {"niqe"})["niqe"]) if len(one_each) >= NIQE.least else None
 
     def record(key, clips, shown, captions):

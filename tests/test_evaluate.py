@@ -69,9 +69,9 @@ def command(world, *more):
 
 def test_records_are_one_a_concept_and_seeded(world):
     stickers = data.StickerSet(world[0])
-    chosen = evaluate.pick(stickers.records, 20, 8, 0)
+    chosen = evaluate.pick(stickers, 20, 8, 0)
     assert len({r["concept"] for r in chosen}) == 20 and min(r["n"] for r in chosen) >= 8
-    assert chosen[:5] == evaluate.pick(stickers.records, 5, 8, 0) != evaluate.pick(stickers.records, 5, 8, 1)
+    assert chosen[:5] == evaluate.pick(stickers, 5, 8, 0) != evaluate.pick(stickers, 5, 8, 1)
     assert evaluate.read_clips(stickers, chosen, 8).shape == (20, 8, 16, 16, 4)
 
 
@@ -110,7 +110,7 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
 def test_given_frames_come_back_and_seeds_matter(world):
     evaluate.main(command(world, "--tasks", "prediction_forward", "--seed", "3"))
     stickers = data.StickerSet(world[0])
-    records = evaluate.pick([r for r in stickers.records if r["split"] == "test"], 6, 8, 3)
+    records = evaluate.pick(stickers, 6, 8, 3, stickers.split == "test")
     newest = max((world[1] / "eval").glob("prediction_forward-*.npy"), key=lambda p: p.stat().st_mtime_ns)
     assert (np.load(newest)[:, :5] == evaluate.read_clips(stickers, records, 8)[:, :5]).all()
 
@@ -352,7 +352,7 @@ def test_check_metrics_prints_a_table(world, tmp_path, capsys, monkeypatch):
     assert "| noise, of 255: 4, 10, 25 |" in capsys.readouterr().out
     frozen = np.array(next(v for k, v in report["damaged"]["FD-mot"].items() if k.startswith("frozen"))["factors"])
     assert frozen.shape == (3, 3) and (frozen.mean(0)[2] > 3)
-    halves = evaluate.split_concepts(data.StickerSet(world[0]).records, 30, 8, np.random.default_rng(0))
+    halves = evaluate.split_concepts(data.StickerSet(world[0]), 30, 8, np.random.default_rng(0))
     assert len(halves[0]) == len(halves[1]) and not {r["concept"] for r in halves[0]} & {r["concept"] for r in halves[1]}
 
 
