@@ -604,6 +604,7 @@ def write_block(part, read, size, most, number, jobs):
                 continue
             record, frames, size_in, identity = decoded
             file.write(frames)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)   # to the disk, and the pages of what has got there serve the next sticker
             lines.append(json.dumps(dict(record, first=first)))
             digest.update(identity)              # the input and its features: all pixels would cost a tenth of the decoding
             digest.update(lines[-1].encode())
