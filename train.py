@@ -103,9 +103,13 @@ def keep_memory():
 
 
 def meeting_place(rank, world):
-    """Arguments of init_process_group under torchrun, whose store outlives a restart: the dead group's addresses must not be read again."""
+    """Arguments of init_process_group under torchrun, whose store outlives a restart: the dead group's addresses must not be read again.
+
+    A prefix of the restart's number sees to it; but only the node whose process died counts a restart."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return {}
+    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        raise UserError("torchrun --max-restarts on several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it on each of them, or no restart would find together")
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=False)
     return dict(store=dist.PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store), rank=rank, world_size=world)
 

@@ -386,14 +386,26 @@ def test_a_run_goes_on_with_other_processes(two_ranks, shared_argv, tmp_path):
         assert moments["step"] == 16 and all(torch.allclose(v, b["optimizer"]["state"][i][k], atol=1e-3) for k, v in moments.items())
 
 
-def test_two_agents_are_one_with_two_ranks(two_ranks, shared_argv, tmp_path):
-    """Two torchrun agents, as on two nodes, that meet at an address: bit for bit what one agent's two ranks do."""
+def test_two_agents_are_one_with_two_ranks_and_survive_a_kill(two_ranks, shared_argv, tmp_path, monkeypatch):
+    """Two torchrun agents, as on two nodes, that meet at an address, and again when a process was killed: bit for bit what one agent's two ranks do."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     meet = ["--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d", "--rdzv_endpoint", address, "--rdzv_id", "stickers", "--local_addr", "127.0.0.1"]
-    wait_for(*(torchrun(*meet, SCRIPT, *shared_argv, "--zero", "--out", tmp_path / "run") for _ in range(2)))
+    agents = [torchrun(*meet, "--max-restarts", 1, SCRIPT, *shared_argv, "--zero", "--out", tmp_path / "run") for _ in range(2)]
+    while agents[0].poll() is None and not (tmp_path / "run/state.pt").is_file():
+        time.sleep(0.005)
+    os.kill(children(agents[1].pid)[-1], signal.SIGKILL)
+    wait_for(*agents)
     assert_same(state_of(two_ranks / "plain"), state_of(tmp_path / "run"))
+
+
+def test_restarts_on_several_nodes_want_a_new_store(monkeypatch, dfgn_argv, tmp_path):
+    for name, value in dict(RANK=0, WORLD_SIZE=2, TORCHELASTIC_USE_AGENT_STORE=True, TORCHELASTIC_MAX_RESTARTS=3, GROUP_WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it on each"):
+        run_train(*options(dfgn_argv, out=tmp_path / "run"))
 
 
 def test_loader_processes_change_nothing(dfgn_argv, tmp_path):
