@@ -325,6 +325,11 @@ class VAELevel(nn.Module):
         return getattr(self, self.sampler)[0](x) if self.sampler else x
 
 
+def visible(x, channels):
+    """Premultiplied RGBA (..., 4, H, W) in [-1, 1] for a VAE of so many channels: as it is, or on white where that is 3."""
+    return x if channels == 4 else x[..., :3, :, :] + 1 - x[..., 3:, :, :]
+
+
 class Encoder(nn.Module):
     def __init__(self, c):
         super().__init__()
@@ -387,8 +392,7 @@ class VAE(nn.Module):
 
     def images(self, x):
         """Images (..., 4, H, W), premultiplied RGBA in [-1, 1], as this VAE takes them: on its device, and on white where it knows no alpha."""
-        x = x.to(self.latent_mean.device)
-        return x if self.config.image_channels == 4 else x[..., :3, :, :] + 1 - x[..., 3:, :, :]
+        return visible(x.to(self.latent_mean.device), self.config.image_channels)
 
     def moments(self, x):
         """Images (N, C, H, W) -> mean and log-variance, each (N, c, h, w), not standardised."""

@@ -5,9 +5,11 @@
     torchrun --nproc_per_node=2 train.py ...                      # CPU (gloo) or CUDA (nccl)
     python train.py --set dfgn.temporal=conv3d --out runs/conv3d  # any field of model.Config
     torchrun --nproc_per_node=8 train.py --preset paper --data data/vsd2m --vae sd-vae.safetensors --clip-weights open_clip_pytorch_model.bin
+    python train.py --replay runs/dfgn/bad-step-000123.pt         # a step that stopped a run, alone: no data, no VAE, one process
 
 A run folder holds config.json, log.jsonl, state.pt (all that resuming needs), state.prev.pt (the one before) and
-model.safetensors (EMA weights, configuration in the metadata: what one shares).
+model.safetensors (EMA weights, configuration in the metadata: what one shares). A loss or gradient that is not finite stops the run and
+leaves bad-step-N.pt, the weights before step N and all processes' samples as the network got them; there is one such file, the newest.
 
 Every random draw of global sample n of step s is a function of (seed, s, n) alone: a resumed run equals an uninterrupted one bit
 for bit, and N ranks see exactly the draws of one.
@@ -42,7 +44,7 @@ from tqdm import tqdm
 from curriculum import Curriculum
 from data import (TASKS, ClipDataset, StepSampler, StickerSet, StickerTexts, TextCache, UserError, cond_mask, even_frames, fit_task, latents_ready,
                   open_latents, rng_for, run_cli, text_for, to_tensor, tokenize, write_latents)
-from model import PRESETS, RDTF, SD_PARTS, SD_SCALE, SD_VAE, TOWER_PARTS, VAE, Config, Layer, TextTower, count, sd_vae_weights, tower_weights
+from model import PRESETS, RDTF, SD_PARTS, SD_SCALE, SD_VAE, TOWER_PARTS, VAE, Config, Layer, TextTower, count, sd_vae_weights, tower_weights, visible
 
 
 COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
@@ -90,6 +92,7 @@ class TrainConfig:
     workers: int = 0                      # data loading processes; changes nothing but the speed
     log_every: int = 20                   # steps
     save_every: int = 500                 # steps
+    replay: str = ""                      # RUN/bad-step-N.pt: compute that step alone and print where it is not finite; --precision, --accumulate, --checkpointing may change
     dry_run: bool = False                 # print what a GPU would hold and compute, and stop; needs no data and no GPU; WORLD_SIZE=8 before it: on 8
 
 
@@ -147,7 +150,7 @@ def send(batch, device):
 
 
 def gather(values, world):
-    """Concatenate a 1-d tensor of equal length from every rank, in rank order."""
+    """Concatenate a tensor of equal shape from every rank along its first axis, in rank order."""
     if world == 1:
         return values
     parts = [torch.empty_like(values) for _ in range(world)]
@@ -244,6 +247,10 @@ def read_model(path, kind, missing):
     if metadata.get("kind") != kind:
         raise UserError(f"{path}: holds {metadata.get('kind', 'something else')!r}, {kind!r} is needed")
     return weights, metadata
+
+
+def network(kind, preset):
+    return VAE(preset.vae) if kind == "vae" else RDTF(preset)
 
 
 def load_model(path, kind):
@@ -366,11 +373,12 @@ def resolve_config(preset, changes):
 
 # ------------------------------------------------------------------------------------------------ VAE stage
 def draw_image(stickers, config, step, n):
-    """One training image (4, S, S), premultiplied in [-1, 1], and its random background (3,): a random frame of a random concept."""
+    """One training image (4, S, S), premultiplied in [-1, 1], its random background (3,) and its record's number: a random frame of a random concept."""
     rng = rng_for(config.seed, step, n, 0)
-    record = stickers.records[rng.choice(stickers.members[rng.integers(len(stickers.members))])]
+    index = int(rng.choice(stickers.members[rng.integers(len(stickers.members))]))
+    record = stickers.records[index]
     frame = stickers.clip(record, [rng.integers(record["n"])])
-    return to_tensor(frame)[0], torch.from_numpy(rng.uniform(-1, 1, 3).astype(np.float32))
+    return to_tensor(frame)[0], torch.from_numpy(rng.uniform(-1, 1, 3).astype(np.float32)), index
 
 
 def compose(x, background):
@@ -450,15 +458,20 @@ class VAEStage:
     def batches(self, start):
         for step, keys in enumerate(StepSampler(self.config.batch, start, self.config.steps, self.rank, self.world), start):
             share = [n for _, n, _ in keys]
-            images, backgrounds = zip(*(draw_image(self.stickers, self.config, step, n) for n in share))
+            images, backgrounds, _ = zip(*(draw_image(self.stickers, self.config, step, n) for n in share))
             size = (self.preset.vae.latent_channels, *(s // self.preset.vae.factor for s in images[0].shape[1:]))
             noise = np.stack([rng_for(self.config.seed, step, n, 2).standard_normal(size, np.float32) for n in share])
             yield step, dict(x=torch.stack(images), background=torch.stack(backgrounds), noise=torch.from_numpy(noise))
 
-    def losses(self, net, batch):
+    def drawn(self, step):
+        """The record number of each sample of a step, of all processes in their order."""
+        return [draw_image(self.stickers, self.config, step, n)[2] for n in range(self.config.batch)]
+
+    @staticmethod
+    def losses(net, batch, preset, device):
         """-> losses (b,), and per sample a task number and a timestep decile (none here: 0)."""
-        batch = send(batch, self.device)
-        losses = vae_losses(net, self.net.images(batch["x"]), batch["background"], batch["noise"], self.preset.vae)
+        batch = send(batch, device)
+        losses = vae_losses(net, visible(batch["x"], preset.vae.image_channels), batch["background"], batch["noise"], preset.vae)
         return losses, torch.zeros(2, len(losses))
 
     def finish(self, weights):
@@ -612,9 +625,13 @@ class DFGNStage:
         return ClipDataset(self.stickers, open_latents(c.data, self.vae_hash), c.seed, c.batch, self.preset.frames, c.how,
                            "sample" if c.frames == "sample" else "step", c.word_dropout, c.keywords, self.texts)
 
-    def batches(self, start):
+    def keys(self, start, stop, rank=0, world=1):
+        """(step, n, frames) of this process's samples, for each step; of all processes unless one is named."""
         c, T = self.config, self.preset.frames
-        sampler = StepSampler(c.batch, start, c.steps, self.rank, self.world, plan=lambda step: step_frames(c, step, T))
+        return StepSampler(c.batch, start, stop, rank, world, plan=lambda step: step_frames(c, step, T))
+
+    def batches(self, start):
+        c, sampler = self.config, self.keys(start, self.config.steps, self.rank, self.world)
         loader = torch.utils.data.DataLoader(self.clips(), batch_sampler=sampler, num_workers=c.workers, collate_fn=list,
                                              multiprocessing_context="fork" if c.workers else None, worker_init_fn=ignore_sigterm)
         for step, items in zip(range(start, c.steps), loader):
@@ -632,10 +649,15 @@ class DFGNStage:
         return dict(z0=z * loss_mask[:, :, None, None, None], tokens=self.read([it["text"] if k else "" for it, k in zip(items, keep)]),
                     t=torch.tensor(t), noise=self.net.diffusion.mix_noise(noise, shared), cond_mask=torch.from_numpy(np.stack(masks)), loss_mask=loss_mask, task=torch.tensor(task))
 
-    def losses(self, net, batch):
+    def drawn(self, step):
+        clips = self.clips()
+        return [clips[key]["index"] for keys in self.keys(step, step + 1) for key in keys]
+
+    @staticmethod
+    def losses(net, batch, preset, device):
         task = batch.pop("task")
-        tags = torch.stack([task, batch["t"] * 10 // self.preset.diffusion.steps]).float()
-        return net(**send(batch, self.device)), tags
+        tags = torch.stack([task, batch["t"] * 10 // preset.diffusion.steps]).float()
+        return net(**send(batch, device)), tags
 
     def finish(self, weights):
         return weights, dict(vae=self.vae_hash, vae_file=str(self.config.vae), **(dict(text=self.tower) if self.tower else {}))
@@ -831,23 +853,19 @@ def train(config):
     for step, batch in stage.batches(start):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        micro, parts = [dict(zip(batch, part)) for part in zip(*(v.chunk(config.accumulate) for v in batch.values()))], []
+        micro, parts = micro_batches(batch, config.accumulate), []
         for i, part in enumerate(micro, 1):
             with ddp.no_sync() if world > 1 and i < len(micro) else nullcontext():  # the gradients are summed over processes once
                 with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    losses, tags = stage.losses(ddp, part)
+                    losses, tags = stage.losses(ddp, part, preset, device)
                 (losses.mean() / len(micro)).backward()
             parts.append((losses.detach(), tags))
         norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip))
         losses, tags = torch.cat([a for a, _ in parts]).cpu().float(), torch.cat([b for _, b in parts], 1)
         shared = [gather(row, world) for row in (losses, *tags, torch.tensor([float(bool(stop))]))]
         all_losses, tasks, deciles, stops = (row.numpy() for row in shared)
-        bad = ~np.isfinite(all_losses)
-        if bad.any() or not math.isfinite(norm):
-            what, tasks = ("loss", tasks[bad]) if bad.any() else ("gradient", tasks)
-            where = sorted({TASKS[int(k)] for k in tasks}) if curriculum else "vae"
-            saved = f"the last good checkpoint is {run / 'state.pt'}" if (run / "state.pt").is_file() else "nothing was saved yet"
-            raise UserError(f"{run}: {what} is not finite at step {step} ({where}); {saved}; lower --lr")
+        if not (math.isfinite(norm) and np.isfinite(all_losses).all()):
+            raise bad_step(run, stage, step, batch, all_losses, norm, precision)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:
@@ -885,6 +903,151 @@ def train(config):
             since = time.perf_counter() if seen == 0 else since
         if stopping:
             return rank == 0 and print(f"{run}: stopped by SIGTERM after step {done}; the same command goes on")
+
+
+# ------------------------------------------------------------------------------------------------ steps that are not finite
+def described(sample):
+    return f"line {sample['line']}, {sample['record'].get('caption', '')!r}" + (f", {sample['task']} at timestep {sample['t']}" if "task" in sample else "")
+
+
+def samples_of(stage, step, batch):
+    """What the index says of each sample of a step, of all processes, and under which condition it was shown."""
+    records = stage.stickers.records
+    samples = [dict(line=int(records.rows[i]) + 1, record=records[i]) for i in stage.drawn(step)]
+    return [dict(s, task=TASKS[int(task)], t=int(t)) for s, task, t in zip(samples, batch["task"], batch["t"])] if "task" in batch else samples
+
+
+def keep_step(path, **step):
+    """Write a step; -> what to say of it. There is one such file in a run: its weights may be gigabytes, and restarts many."""
+    try:
+        for old in {*path.parent.glob("bad-step-*.pt")} - {path}:
+            old.unlink()
+        write_atomically(path, lambda p: torch.save(step, p))
+    except OSError as error:                                     # of two misfortunes the first is to be told
+        return f"{path} could not be written ({error.strerror})"
+    return f"`python train.py --replay {path}` computes it alone"
+
+
+def bad_step(run, stage, step, batch, losses, norm, precision):
+    """-> the UserError of a step whose loss or gradient is not finite; RUN/bad-step-N.pt then holds what computes it again. All ranks are to call this.
+
+    batch: this rank's; losses: of all samples (numpy). The optimiser's moments are not kept: a step is not finite before they matter."""
+    path, index, world = run / f"bad-step-{step:06}.pt", str(stage.stickers.records.path), stage.world
+    again = "again " if path.is_file() else ""                   # asked before the gathering, so by all ranks before it is written
+    batch = {name: gather(value, world) for name, value in batch.items()}
+    samples = samples_of(stage, step, batch)
+    said = f"`python train.py --replay {path}` computes it alone"
+    if stage.rank == 0:
+        said = keep_step(path, step=step, world=world, train=dict(asdict(stage.config), precision=precision), model=stage.preset.to_dict(),
+                         net=stage.net.state_dict(), batch=batch, index=index, samples=samples, losses=losses.tolist(), norm=norm)
+    if world > 1:
+        dist.barrier()                                           # torchrun ends all when one ends: not while rank 0 writes
+    bad = [s for s, loss in zip(samples, losses) if not math.isfinite(loss)]
+    what, named = ("loss", bad) if bad else ("gradient", samples)
+    names = "; ".join([*map(described, named[:3]), *["..."] * (len(named) > 3)])
+    last = f"the last good checkpoint is {run / 'state.pt'}" if (run / "state.pt").is_file() else "no checkpoint was saved yet"
+    advice = "starting it again does not help; " if again else ""
+    return UserError(f"{run}: {what} is not finite at step {step} {again}({len(bad)} of {len(samples)} losses; {index}: {names}); {said}; {last}; "
+                     f"{advice}lower --lr in another --out, or look at these samples")
+
+
+def micro_batches(batch, count):
+    return [dict(zip(batch, part)) for part in zip(*(v.chunk(count) for v in batch.values()))]
+
+
+def finite(*tensors):
+    return all(bool(x.isfinite().all()) for x in tensors if torch.is_tensor(x))
+
+
+def watch(net):
+    """[module, gradient]: where a pass forward and backward, from now on, is first not finite; None while nothing is."""
+    first = [None, None]
+
+    def note(place, name, *tensors):
+        if first[place] is None and not finite(*tensors):
+            first[place] = name
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda _, __, out, name=name: note(0, name or "the loss", *(out if isinstance(out, tuple) else (out,))))
+    for name, p in net.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: note(1, name, p.grad))
+    return first
+
+
+def norm_of(tensors):
+    return float(torch.nn.utils.get_total_norm([x for x in tensors if x is not None]))
+
+
+def by_part(tensors, number):
+    """number(tensors) of each part of a network, whose tensors' names have their first two words in common."""
+    parts = {}
+    for name, x in tensors.items():
+        parts.setdefault(".".join(name.split(".")[:2]), []).append(x)
+    return {part: number(of_part) for part, of_part in parts.items()}
+
+
+def compute_step(net, config, step, preset, device):
+    """Forward and backward of all processes' micro-batches, one after another. -> losses, {sample: gradient norm} of micro-batches
+    whose gradient is not finite though their losses are, the step's gradients {name: tensor}."""
+    losses, alone, total, weights = [], {}, {}, dict(net.named_parameters())
+    parts = micro_batches(step["batch"], step["world"] * config.accumulate)
+    for part in tqdm(parts, "micro-batches", delay=2):
+        net.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            each, _ = STAGES[config.stage].losses(net, part, preset, device)
+        (each.mean() / len(parts)).backward(retain_graph=True)
+        gradients = {name: p.grad for name, p in weights.items() if p.grad is not None}
+        if finite(each) and not math.isfinite(norm_of(gradients.values())):
+            alone.update({i: norm_of(torch.autograd.grad(loss, weights.values(), retain_graph=True, allow_unused=True)) for i, loss in enumerate(each, len(losses))})
+        losses += each.tolist()
+        total = {name: g + total[name] if total else g.clone() for name, g in gradients.items()}
+    return losses, alone, total
+
+
+def read_step(path):
+    """What bad_step wrote."""
+    if not Path(path).is_file():
+        raise UserError(f"--replay {path}: no such file")
+    step = torch.load(path, map_location="cpu", weights_only=True)
+    return step
+
+
+def replay(path, argv):
+    """Compute the step that a run stopped at, and print what is finite of it."""
+    step = read_step(path)
+    config, preset = parse(argv, step["train"]), Config.from_dict(step["model"])
+    for name, value in asdict(config).items():
+        if name not in ("replay", "precision", "accumulate", "checkpointing") and value != step["train"].get(name, value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: --replay computes the step that was; --precision, --accumulate and --checkpointing may change")
+    check_options(config)
+    _, world, device = setup()
+    if world > 1:
+        raise UserError("--replay: one process computes the shares of all; start it without torchrun")
+    check_shares(config, step["world"])
+    config.precision = pick_precision(config.precision, device)
+    net = network(config.stage, preset)
+    net.load_state_dict(step["net"])
+    net.to(device)
+    if config.checkpointing:
+        net.dfgn.checkpointing = True
+    first = watch(net)
+    losses, alone, gradients = compute_step(net, config, step, preset, device)
+    print(f"{path}: step {step['step']}, {len(losses)} samples of {step['index']} on {step['world']} processes in {step['train']['precision']}; "
+          f"now on one {device.type} in {config.precision}")
+    print(f"{'sample':>6} {'loss was':>12} {'is':>12}")
+    for i, (was, now, sample) in enumerate(zip(step["losses"], losses, step["samples"])):
+        print(f"{i:>6} {was:>12.6g} {now:>12.6g}  {described(sample)}{f', gradient norm {alone[i]:.4g}' if i in alone else ''}")
+    norm, largest = norm_of(gradients.values()), by_part(net.state_dict(), lambda weights: max(float(w.abs().max()) for w in weights))
+    print(f"gradient norm was {step['norm']:.6g}, is {norm:.6g}")
+    print(f"  {'part':<24} {'gradient':>12} {'largest weight':>16}")
+    for part, value in by_part(gradients, norm_of).items():
+        print(f"  {part:<24} {value:>12.4g} {largest[part]:>16.4g}")
+    for what, tensors in (("weights", step["net"]), ("inputs", step["batch"])):
+        if names := [name for name, x in tensors.items() if not finite(x)]:
+            print(f"{what} that were not finite before the step: {some(names)}")
+    for what, name in zip(("output", "gradient"), first):
+        if name:
+            print(f"first {what} that is not finite: {name}")
+    print(f"the step is {'' if math.isfinite(sum(losses) + norm) else 'not '}finite")
 
 
 # ------------------------------------------------------------------------------------------------ dry run
@@ -998,7 +1161,8 @@ def field_help():
     return {line.split(":")[0].strip(): line.split("# ", 1)[1] for line in lines if "# " in line}
 
 
-def parse(argv=None):
+def parse(argv=None, before=()):
+    """before: values of fields that stand where argv names none."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     helps = field_help()
     for f in dataclasses.fields(TrainConfig):
@@ -1007,13 +1171,13 @@ def parse(argv=None):
         if isinstance(default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=f"{helps.get(f.name, '')} (default: {default})".replace("%", "%%"), **kind)
-    return TrainConfig(**vars(parser.parse_args(argv)))
+    return TrainConfig(**vars(parser.parse_args(argv, argparse.Namespace(**dict(before)))))
 
 
 def main(argv=None):
     config = parse(argv)
     try:
-        dry_run(config) if config.dry_run else train(config)
+        replay(config.replay, argv) if config.replay else dry_run(config) if config.dry_run else train(config)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """train.py: a resumed run, two ranks and loader processes change no number; bad input stops in one line."""
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -876,22 +877,98 @@ def test_a_run_is_not_resumed_with_another_vae_of_the_same_name(tiny_dfgn, tiny_
         run_train(*argv)
 
 
-def test_a_loss_that_is_not_finite_stops(dfgn_argv, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops(dfgn_argv, stickers16, tmp_path, monkeypatch, capsys):
     plain = train.learning_rate
     monkeypatch.setattr(train, "learning_rate", lambda c, step: 1e30 if step == 5 else plain(c, step))
-    with pytest.raises(UserError, match=r"not finite at step 6 .*state\.pt") as stop:
-        run_train(*options(dfgn_argv, steps=20, out=tmp_path / "run", save_every=4, weight_decay=0))
-    assert any(task in str(stop.value) for task in TASKS)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/bad-step-000001.pt").write_text("of an earlier stop")
+    said = []
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"loss is not finite at step 6 .*state\.pt") as stop:
+            run_train(*options(dfgn_argv, steps=20, out=tmp_path / "run", save_every=4, weight_decay=0))
+        said.append(str(stop.value))
+    assert "not finite at step 6 (" in said[0] and "not finite at step 6 again (" in said[1] and "does not help" in said[1]
     state = state_of(tmp_path / "run")
     assert state["step"] == 4 and all(torch.isfinite(v).all() for v in state["net"].values())
+    assert [p.name for p in (tmp_path / "run").glob("bad-step*")] == ["bad-step-000006.pt"]
+    lines = (stickers16 / "index.jsonl").read_text().splitlines()
+    for sample in torch.load(tmp_path / "run/bad-step-000006.pt", weights_only=True)["samples"][:3]:
+        assert json.loads(lines[sample["line"] - 1]) == sample["record"] and sample["task"] in TASKS
+        assert f"line {sample['line']}, {sample['record']['caption']!r}, {sample['task']} at timestep {sample['t']}" in said[0]
+    run_train("--replay", tmp_path / "run/bad-step-000006.pt")
+    assert re.search(r"dfgn.mid +nan +\d.*e\+(29|30)\n", capsys.readouterr().out)                      # the weights tell whose fault it is
 
 
-def test_a_gradient_that_is_not_finite_stops(dfgn_argv, tmp_path, monkeypatch):
+def poisoned(collate, rank, value, step=2):
+    """DFGNStage.collate whose last sample of a step has a latent of this value, on one rank."""
+    def hooked(self, now, items, p):
+        batch = collate(self, now, items, p)
+        if now == step and self.rank == rank:
+            batch["z0"][-1, 0, 0, 0, 0] = value
+        return batch
+    return hooked
+
+
+def test_a_gradient_that_is_not_finite_stops(dfgn_argv, tmp_path, monkeypatch, capsys):
     """Its loss may well be finite; the weights that it would make must not reach a checkpoint."""
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.inf))
-    with pytest.raises(UserError, match="gradient is not finite at step 0") as stop:
+    monkeypatch.setattr(train.DFGNStage, "collate", poisoned(train.DFGNStage.collate, 0, 1e18))
+    argv = options(dfgn_argv, steps=3, out=tmp_path / "run", precision="float32", accumulate=2, still_share=0)
+    with pytest.raises(UserError, match=r"gradient is not finite at step 2 \(0 of 4 losses;.*no checkpoint"):
+        run_train(*argv)
+    assert not (tmp_path / "run/state.pt").exists()
+    step = tmp_path / "run/bad-step-000002.pt"
+    run_train("--replay", step)
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(" +[0-3] ", line)]
+    norms = [re.search("gradient norm (.*)", row) for row in rows]
+    assert len(rows) == 4 and norms[:2] == [None, None] and 0 < float(norms[2][1]) < 1e3 and norms[3][1] == "nan"   # of the second micro-batch
+    for change in ("--lr", "0.5"), ("--seed", "1"), ("--tasks", "t2v"):
+        with pytest.raises(UserError, match=f"{change[0]} .*--replay computes the step that was"):
+            run_train("--replay", step, *change)
+    with pytest.raises(UserError, match="--batch 4: not a multiple of the 1 processes times --accumulate 3"):
+        run_train("--replay", step, "--accumulate", 3)
+
+
+def test_a_disk_that_is_full_hides_no_bad_step(dfgn_argv, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(train.DFGNStage, "collate", poisoned(train.DFGNStage.collate, 0, torch.nan, step=0))
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(UserError, match=r"loss is not finite at step 0 .*bad-step-000000.pt could not be written \(No space left on device\)"):
         run_train(*options(dfgn_argv, steps=3, out=tmp_path / "run"))
-    assert any(task in str(stop.value) for task in TASKS) and not (tmp_path / "run/state.pt").exists()
+
+
+POISONED = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import data, test_train, torch, train
+torch.set_num_threads(1)
+train.DFGNStage.collate = test_train.poisoned(train.DFGNStage.collate, 1, torch.nan)
+data.run_cli(lambda: train.main(sys.argv[3:]))
+"""
+
+
+def test_ranks_stop_together_and_the_step_is_computed_again_by_one(dfgn_argv, tmp_path, capsys):
+    """The loss of one sample on one of two ranks is not finite."""
+    (tmp_path / "driver.py").write_text(POISONED)
+    argv = options(dfgn_argv, steps=4, out=tmp_path / "run", precision="float32", accumulate=2, still_share=0, batch=8)
+    launcher = torchrun("--standalone", "--nproc_per_node=2", tmp_path / "driver.py", SCRIPT.parent, Path(__file__).parent, *argv)
+    errors = [line for line in launcher.communicate(timeout=300)[1].splitlines() if line.startswith("error: ")]
+    path = tmp_path / "run/bad-step-000002.pt"
+    step = torch.load(path, weights_only=True)
+    assert launcher.returncode and len(errors) == 2 and errors[0] == errors[1], errors
+    assert f"loss is not finite at step 2 (1 of 8 losses; {step['index']}: {train.described(step['samples'][7])}); `python train.py --replay {path}`" in errors[0]
+    assert step["world"] == 2 and len(step["samples"]) == 8 and [bool(np.isfinite(x)) for x in step["losses"]] == [True] * 7 + [False]
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    torch.save(step, tmp_path / "step.pt")                             # neither the run nor its data are needed
+    step["batch"]["z0"][7] = 1
+    torch.save(dict(step, train=dict(step["train"], data="gone", vae="gone")), tmp_path / "mended.pt")
+    for name, *more in (["step.pt"], ["step.pt", "--accumulate", "1", "--checkpointing"], ["mended.pt"], ["step.pt", "--precision", "bf16"]):
+        run_train("--replay", tmp_path / name, *more)
+        said = capsys.readouterr().out
+        rows = [line.split()[1:3] for line in said.splitlines() if re.match(" +[0-7] ", line)]
+        assert len(rows) == 8 and ("bf16" in more or all(was == now for was, now in rows[:7])) and rows[7][0] == "nan"
+        assert (rows[7][1] != "nan", "the step is finite" in said, "inputs that were not finite before the step: 1 (z0)" not in said) == (name == "mended.pt",) * 3
+        assert ("first output that is not finite: dfgn." in said) == (name == "step.pt")
 
 
 def test_poisoned_latents_stop_at_once(dfgn_argv, tiny_vae, tmp_path):
