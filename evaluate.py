@@ -98,6 +98,17 @@ def code_of(*names):
     return {name: file_hash(Path(__file__).with_name(name)) for name in names}
 
 
+def read_kept(path, shape, dtype):
+    """The array of a file of `kept`; mapped first, so that no header can ask for more memory than the file is long."""
+    try:
+        rows = np.load(path, mmap_mode="r")
+        if rows.shape != tuple(shape) or rows.dtype != dtype:
+            raise ValueError(f"{rows.dtype} {rows.shape} where {np.dtype(dtype)} {tuple(shape)} belongs")
+        return np.array(rows)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: not what evaluate.py keeps ({error}); remove it, and it is made again") from None
+
+
 def kept(folder, name, made_of, shape, dtype, batch, make):
     """An array of this shape whose rows make(slice) gives, kept as folder/name-HASH.npy.
 
@@ -105,12 +116,12 @@ def kept(folder, name, made_of, shape, dtype, batch, make):
     path = Path(folder) / f"{name}-{hash_of(made_of)}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
-        return np.load(path)
+        return read_kept(path, shape, dtype)
     part, size = path.with_suffix(".part"), int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
     with open(part, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if path.is_file():                       # the other process made it meanwhile
-            return np.load(path)
+            return read_kept(path, shape, dtype)
         done = min(file.seek(0, os.SEEK_END) // size, shape[0])
         file.truncate(done * size)
         with tqdm(total=shape[0], initial=done, desc=name, unit="clip", delay=1) as bar:
@@ -965,7 +976,7 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="clips made at once; changes nothing but speed and memory (default: %(default)s)")
     weights = parser.add_argument_group("published weights, local files; without them their metrics are left out")
-    weights.add_argument("--i3d", metavar="FILE", help="I3D for FVD: i3d_pretrained_400.pt, rgb_imagenet.pt, or i3d_torchscript.pt")
+    weights.add_argument("--i3d", metavar="FILE", help="I3D for FVD: i3d_pretrained_400.pt, rgb_imagenet.pt, or another state dict in either naming")
     weights.add_argument("--i3d-eps", type=float, help="of its batch norm (default: 1e-3, as in TensorFlow; 1e-5: comparable with VideoGPT's port)")
     weights.add_argument("--i3d-frames", choices=("loop", "pingpong", "hold", "pad"), default="loop", help="how 8 frames become 16 (default: %(default)s)")
     weights.add_argument("--dover", metavar="FILE", help="DOVER.pth, for VQA")

@@ -26,7 +26,7 @@ from scipy.special import gammaln
 
 from data import UserError, even_frames, tokenize
 from model import count_words
-from train import file_hash, find_clip, fit_weights, is_torchscript, read_model, read_weights, save_model
+from train import check_fit, differs, file_hash, find_clip, fit_weights, read_model, read_weights, save_model
 
 PSNR_CAP = 50.0                                  # dB: a frame that is copied and did not move would have an infinite one
 
@@ -254,33 +254,23 @@ def i3d_input(clips, how="loop"):
 
 
 class I3DRows:
-    """Clips -> I3D logits. The file is a state dict in either naming, or the TorchScript file i3d_torchscript.pt, which runs as it is
-    (fed prepared clips, so that how it would resize them does not matter)."""
+    """Clips -> I3D logits. The file is a state dict in either naming."""
     name, width = "i3d", 400
 
     def __init__(self, path, eps=None, how="loop", device="cpu"):
-        self.how, self.device, self.script = how, device, Path(path).is_file() and is_torchscript(path)
-        if self.script and eps:
-            raise UserError(f"--i3d-eps {eps}: {path} is TorchScript with its own; leave the option out")
-        if self.script:
-            self.net = torch.jit.load(path, map_location=device).eval()
-        else:
-            self.net = fit_weights(I3D(eps or 1e-3), i3d_names(read_weights(path, "--i3d")), "--i3d", path).fold().to(device)
+        self.how, self.device = how, device
+        self.net = fit_weights(I3D(eps or 1e-3), i3d_names(read_weights(path, "--i3d")), "--i3d", path).fold().to(device)
         self.path, self.key = path, dict(i3d=file_hash(path), eps=eps or 1e-3, how=how)
         self.batch = 4 if str(device) == "cpu" else 16
 
     def says(self, T, size):
         frames = f"{T} -> 16 {self.how}" if T < 16 else f"the first 16 of {T} frames" if T > 16 else "16 frames"
-        kind = "TorchScript" if self.script else f"batch norm eps {self.key['eps']:g}"
-        return f"FVD: I3D logits, {self.path} (SHA-256 {self.key['i3d'][:12]}, {kind}), {frames}, 224 px bilinear"
+        return f"FVD: I3D logits, {self.path} (SHA-256 {self.key['i3d'][:12]}, batch norm eps {self.key['eps']:g}), {frames}, 224 px bilinear"
 
     @torch.no_grad()
     def __call__(self, clips):
         x = i3d_input(clips, self.how).to(self.device)
-        y = self.net(x, False, False, True) if self.script else self.net(x)
-        if tuple(y.shape) != (len(clips), 400):
-            raise UserError(f"--i3d {self.path}: gives {tuple(y.shape)}, not {len(clips)} times 400 logits")
-        return y.float().cpu().numpy()
+        return self.net(x).float().cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------ DOVER, networks
@@ -501,16 +491,17 @@ class DOVERRows:
 # ------------------------------------------------------------------------------------------------ CLIP
 class CLIPRows:
     """Clips -> unit image vectors of every frame, and captions -> unit text vectors, by an open_clip model from a local file or folder
-    (a folder holds open_clip_config.json beside the weights). OpenAI's TorchScript archives want a model name that ends in -quickgelu."""
+    (a folder holds open_clip_config.json beside the weights)."""
     name = "clip"
 
     def __init__(self, path, model="ViT-H-14", T=8, device="cpu"):
         import open_clip
         self.path, self.model, self.device, self.batch = path, f"local-dir:{path}" if Path(path).is_dir() else model, device, 4
         weights, _ = find_clip(path, model, "--clip")
+        read_weights(weights, "--clip")          # refuses code
         try:
             self.net, _, self.prepare = open_clip.create_model_and_transforms(self.model, pretrained=None, load_weights=False, device="cpu")
-            open_clip.load_checkpoint(self.net, str(weights), weights_only=not is_torchscript(weights))
+            open_clip.load_checkpoint(self.net, str(weights), weights_only=True)
         except Exception as error:               # open_clip passes on whatever the reader of the file raises
             lines = [line.strip()[:160] for line in str(error).splitlines()[:4]]
             raise UserError(f"--clip {path}: not the weights of {model}: {' '.join(lines)}") from None
@@ -724,12 +715,15 @@ def save_judge(path, judge, **metadata):
 def load_judge(path):
     """(Judge in eval mode, metadata). UserError for any other file."""
     weights, metadata = read_model(path, "judge", "no such judge; make one with `python evaluate.py --fit-judge`")
-    try:
-        judge = Judge(metadata["buckets"], metadata["width"])
-        judge.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: not a judge of this version of metrics.py ({str(error).splitlines()[0]})") from None
-    return judge.eval().requires_grad_(False), metadata
+    wanted = dict(buckets=0, width=0, set="", seed=0)
+    if reason := differs({k: v for k, v in metadata.items() if k in wanted}, wanted, "metadata"):
+        raise UserError(f"{path}: not a judge of this version of metrics.py ({reason})")
+    sizes = metadata["buckets"], metadata["width"]
+    if not all(0 < size < 2 ** 31 for size in sizes):
+        raise UserError(f"{path}: not a judge of this version of metrics.py (sizes {sizes})")
+    with torch.device("meta"):
+        check_fit(Judge(*sizes), weights, "", path)
+    return fit_weights(Judge(*sizes), weights, "", path), metadata
 
 
 class JudgeRows:
@@ -741,7 +735,7 @@ class JudgeRows:
         self.net, self.set, self.key = self.net.to(device), self.meta["set"], dict(judge=file_hash(path))
 
     def says(self, T, size):
-        return (f"R@1-local: retrieval by two linear towers, fitted to {self.meta['concepts']} training concepts with seed {self.meta['seed']} (SHA-256 "
+        return (f"R@1-local: retrieval by two linear towers, fitted to {self.meta.get('concepts')} training concepts with seed {self.meta['seed']} (SHA-256 "
                 f"{self.key['judge'][:12]}); not CLIP; what a regression from words draws suits it better than real stickers do")
 
     def __call__(self, clips):

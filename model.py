@@ -95,6 +95,15 @@ class DiffusionConfig:
     max_weight: float = 5.0               # v only: largest weight of z0's squared error (low noise); 0: as it comes
 
 
+def check_value(name, value, like):
+    """ValueError unless value is of the type of `like`: whole numbers up to 65,535, a few of them for a tuple, any finite number for a float."""
+    whole = lambda x: type(x) is int and 0 <= x < 2 ** 16
+    fits = {bool: lambda x: type(x) is bool, str: lambda x: type(x) is str, int: whole, float: lambda x: type(x) in (int, float) and abs(x) < 2 ** 16,
+            tuple: lambda x: isinstance(x, (list, tuple)) and 0 < len(x) <= 16 and all(map(whole, x))}
+    if not fits[type(like)](value):
+        raise ValueError(f"{name} is {str(value)[:40]}, not such as {like}")
+
+
 @dataclass
 class Config:
     name: str = "mini"
@@ -106,12 +115,18 @@ class Config:
 
     @staticmethod
     def from_dict(d):
-        """The inverse of to_dict; parts that d lacks are the defaults. KeyError for a part that lacks a field: its default may have changed."""
+        """The inverse of to_dict; parts that d lacks are the defaults. KeyError for a part that lacks a field: its default may have changed.
+
+        d may come from a file: ValueError for a value of another type, or a number that no network has."""
         parts = {"vae": VAEConfig, "text": TextConfig, "dfgn": DFGNConfig, "diffusion": DiffusionConfig}
         for part, kind in parts.items():
             for f in fields(kind):
                 if part in d and f.name not in d[part]:
                     raise KeyError(f"{part}.{f.name} is missing")
+                if part in d:
+                    check_value(f"{part}.{f.name}", d[part][f.name], f.default)
+        for name in ("name", "frames"):
+            check_value(name, d.get(name, getattr(Config, name)), getattr(Config, name))
         tup = lambda part: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
         return Config(**{k: parts[k](**tup(v)) if k in parts else v for k, v in d.items()})
 

@@ -186,8 +186,21 @@ def read_metadata(path):
         return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
 
 
-def is_torchscript(path):
-    return zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
+def first_line(error):
+    return str(error).partition("\n")[0][:240]
+
+
+def read_pt(path, **options):
+    """What torch.save wrote: tensors and plain values. Code in it is not run, and it takes no more memory than the file is long."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            inside = archive.infolist()
+        if any("/code/" in member.filename for member in inside):
+            raise ValueError("a TorchScript archive, which holds code; take the same weights as a .safetensors file or a state_dict, or, where you trust it, "
+                             "torch.save(torch.jit.load(FILE).state_dict(), OTHER)")
+        if any(member.compress_type for member in inside) or sum(member.file_size for member in inside) > os.path.getsize(path):
+            raise ValueError("holds less than it says; torch.save compresses nothing")
+    return torch.load(path, map_location="cpu", weights_only=True, **options)
 
 
 def read_weights(path, option, parts=("",)):
@@ -202,34 +215,68 @@ def read_weights(path, option, parts=("",)):
             with safe_open(str(path), "pt") as file:
                 weights = {name: file.get_tensor(name) for name in file.keys() if name.startswith(parts)}
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            weights = read_pt(path, mmap=zipfile.is_zipfile(path))
     except Exception as error:                   # a file of another kind may raise nearly anything
         if "Unsupported global" in str(error):
             raise UserError(f"{option} {path}: cannot be read as weights (UnpicklingError: it holds other Python objects too, which could run code; take the "
                             f"model's .safetensors file, or save its state_dict alone with torch.save where you trust it)") from None
-        raise UserError(f"{option} {path}: cannot be read as weights ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from None
+        raise UserError(f"{option} {path}: cannot be read as weights ({type(error).__name__}: {first_line(error)})") from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     weights = {name: w for name, w in weights.items() if str(name).startswith(parts)} if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict) or not weights or not all(torch.is_tensor(v) for v in weights.values()):
+    if not isinstance(weights, dict) or not weights or not all(map(is_plain, weights.values())):
         raise UserError(f"{option} {path}: holds no weights by name" + (f" that begins with {', '.join(parts)}" if any(parts) else ""))
     return weights
 
 
 def some(names, most=3):
-    return f"{len(names)} ({', '.join(sorted(names)[:most])}{', ...' if len(names) > most else ''})"
+    return f"{len(names)} ({', '.join(sorted(map(str, names))[:most])}{', ...' if len(names) > most else ''})"
+
+
+def is_plain(x):
+    """A tensor of numbers in host memory; files may also hold sparse ones, and ones without numbers."""
+    return torch.is_tensor(x) and x.device.type == "cpu" and x.layout == torch.strided
+
+
+def differs(found, wanted, where):
+    """Where what a file holds is not built like `wanted`, in words: keys, types, shapes. None where it is.
+
+    wanted: [x, ...] is a list of any length, {str: x} a dictionary of any names, ... anything."""
+    said = lambda x: f"{x.dtype} {tuple(x.shape)}" if torch.is_tensor(x) else type(x).__name__
+    if wanted is ...:
+        return None
+    if torch.is_tensor(wanted):
+        return None if is_plain(found) and said(found) == said(wanted) else f"{where} is {said(found)} instead of {said(wanted)}"
+    if type(found) is not type(wanted) and not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return f"{where} is {said(found)} instead of {said(wanted)}"
+    if not isinstance(wanted, (dict, list, tuple)):
+        return None
+    if isinstance(wanted, dict):
+        wanted = dict.fromkeys(found, wanted[str]) if str in wanted else wanted
+    else:
+        wanted = wanted[:1] * len(found) if ... in wanted[1:] else wanted
+        found, wanted = dict(enumerate(found)), dict(enumerate(wanted))
+    reasons = [f"{what} {some(names)}" for what, names in (("missing", wanted.keys() - found.keys()), ("unknown", found.keys() - wanted.keys())) if names]
+    if reasons:
+        return f"{where}: {'; '.join(reasons)}"
+    return next(filter(None, (differs(found[k], wanted[k], f"{where}.{k}") for k in wanted)), None)
+
+
+def check_fit(net, weights, option, path):
+    """UserError says which names and shapes are not the network's. Nothing is allocated for the weights of a network on the meta device."""
+    own = net.state_dict()
+    wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in weights.items() if k in own and v.shape != own[k].shape]
+    reasons = [f"{what} {some(names)}" for what, names in (("missing", own.keys() - weights.keys()), ("unknown", weights.keys() - own.keys()),
+                                                          ("of another shape", wrong)) if names]
+    if reasons:
+        raise UserError(f"{option} {path}: not the weights of {type(net).__name__}: {'; '.join(reasons)}".lstrip())
 
 
 def fit_weights(net, weights, option, path, assign=False):
     """Load strictly, in eval mode and frozen; UserError says which names and shapes are wrong. Counters of batch norm may be missing.
 
     assign: the tensors themselves become the parameters, of a network on the meta device."""
-    own = net.state_dict()
-    weights = {**{k: v for k, v in own.items() if k.endswith("num_batches_tracked")}, **weights}
-    wrong = [f"{k} {tuple(v.shape)} instead of {tuple(own[k].shape)}" for k, v in weights.items() if k in own and v.shape != own[k].shape]
-    reasons = [f"{what} {some(names)}" for what, names in (("missing", own.keys() - weights.keys()), ("unknown", weights.keys() - own.keys()),
-                                                          ("of another shape", wrong)) if names]
-    if reasons:
-        raise UserError(f"{option} {path}: not the weights of {type(net).__name__}: {'; '.join(reasons)}")
+    weights = {**{k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}, **weights}
+    check_fit(net, weights, option, path)
     net.load_state_dict(weights, assign=assign)
     return net.eval().requires_grad_(False)
 
@@ -242,7 +289,7 @@ def read_model(path, kind, missing):
         raise UserError(f"{path}: {missing}")
     try:
         metadata, weights = read_metadata(path), load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not a readable .safetensors model ({error})") from None
     if metadata.get("kind") != kind:
         raise UserError(f"{path}: holds {metadata.get('kind', 'something else')!r}, {kind!r} is needed")
@@ -253,21 +300,31 @@ def network(kind, preset):
     return VAE(preset.vae) if kind == "vae" else RDTF(preset)
 
 
+def made_for(weights, kind, config, option, path):
+    """The network of a configuration, as a file says it, with the weights beside it. UserError if they are not of each other, before memory is taken."""
+    try:
+        config = Config.from_dict(dict(vae=config["vae"]) if kind == "vae" else config)
+        if max(part.layers * len(getattr(part, "widths", "1")) for part in ([config.vae] if kind == "vae" else [config.text, config.dfgn])) > len(weights):
+            raise ValueError("more layers than the file has weights")
+        with torch.device("meta"):
+            check_fit(network(kind, config), weights, option, path)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{option} {path}: its configuration is not of this version of model.py ({error})".lstrip()) from None
+    net = network(kind, config)
+    net.load_state_dict(weights)
+    return net
+
+
 def load_model(path, kind):
     """(network in eval mode, metadata) from a model.safetensors; kind "vae" or "dfgn", "vae" also from Stable Diffusion's weights. UserError for any other file."""
     if kind == "vae" and Path(path).is_file() and not is_saved(path):
         return load_sd_vae(path)
     weights, metadata = read_model(path, kind, f"no such model; train one with `python train.py{' --stage vae' if kind == 'vae' else ''}`")
-    try:
-        config = metadata["config"]
-        net = VAE(Config.from_dict(dict(vae=config["vae"])).vae) if kind == "vae" else RDTF(Config.from_dict(config))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: its configuration is not of this version of model.py ({error})") from None
-    try:
-        net.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{path}: weights do not fit its own configuration ({str(error).splitlines()[1].strip()})") from None
-    return net.eval().requires_grad_(False), metadata
+    wanted = dict(config={str: ...}, step=0, **(dict(vae="", vae_file="") if kind == "dfgn" else {}))
+    wanted.update(dict(text=dict(file="", model="", hash="")) if "text" in metadata else {})
+    if reason := differs({k: v for k, v in metadata.items() if k in wanted}, wanted, "metadata"):
+        raise UserError(f"{path}: not what train.py writes ({reason})")
+    return made_for(weights, kind, metadata["config"], "", path).eval().requires_grad_(False), metadata
 
 
 def is_saved(path):
@@ -300,8 +357,12 @@ def find_clip(path, name, option):
         raise UserError(f"{option} {path}: no such file, or a folder without open_clip_config.json and open_clip_model.safetensors")
     if folder:
         try:
-            return weights, json.loads((Path(path) / "open_clip_config.json").read_text())["model_cfg"]
-        except (OSError, ValueError, KeyError) as error:
+            config = json.loads((Path(path) / "open_clip_config.json").read_text())["model_cfg"]
+            numbers = [n for part in (config, config["text_cfg"], config["vision_cfg"]) for n in part.values() if isinstance(n, (int, float))]
+            if max(numbers) >= 2 ** 20 or config["text_cfg"].get("layers", 0) >= 2 ** 10:
+                raise ValueError(f"{max(numbers)} is the size of no model")
+            return weights, config
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{option} {path}: no open_clip_config.json with a model_cfg ({error!r})") from None
     if name not in open_clip.list_models():
         raise UserError(f"--clip-model {name}: not a model of open_clip, such as ViT-H-14, ViT-B-32 or ViT-L-14-quickgelu")
@@ -313,8 +374,8 @@ def name_tower(path, name, width):
     weights, config = find_clip(path, name, "--clip-weights")
     try:
         tower = TextTower(config)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--clip-weights {path}: this model's text tower cannot be used ({error})") from None
+    except Exception as error:                   # open_clip passes on whatever a wrong configuration raises
+        raise UserError(f"--clip-weights {path}: this model's text tower cannot be used ({first_line(error)})") from None
     if tower.width != width:
         raise UserError(f"--clip-weights {path}: a text tower of width {tower.width}, the preset's text.width is {width}")
     made_of = json.dumps([file_hash(weights), config["text_cfg"], config.get("quick_gelu", False)], sort_keys=True)
@@ -324,8 +385,6 @@ def name_tower(path, name, width):
 def load_tower(path, name):
     """The TextTower in an open_clip model's weights, float32; the model's other parts are not read."""
     weights, config = find_clip(path, name, "--clip-weights")
-    if is_torchscript(weights):
-        raise UserError(f"--clip-weights {path}: a TorchScript archive, as OpenAI's are, which holds code; take the same model's weights as open_clip publishes them")
     return fit_weights(TextTower(config), tower_weights(read_weights(weights, "--clip-weights", TOWER_PARTS)), "--clip-weights", path, assign=True)
 
 
@@ -362,8 +421,8 @@ def resolve_config(preset, changes):
         if type(old) not in (type(value), tuple) and not (isinstance(old, float) and isinstance(value, int)):
             raise UserError(f"--set {change}: {text!r} is not a {type(old).__name__}")
         config[part][key] = value
-    config = Config.from_dict(config)
     try:
+        config = Config.from_dict(config)
         with torch.device("meta"):
             RDTF(config), VAE(config.vae)
     except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError) as error:
@@ -723,12 +782,27 @@ def read_state(run):
     names = [name for name in ("state.pt", "state.prev.pt") if (run / name).is_file()]
     for name in names:
         try:
-            return torch.load(run / name, map_location="cpu", weights_only=True)
+            return read_pt(run / name)
         except Exception as error:  # a damaged file may raise nearly anything
             print(f"{run / name}: not readable ({type(error).__name__}); trying the one before", file=sys.stderr)
     if names:
         raise UserError(f"{run}: neither {' nor '.join(names)} can be read; remove the folder, or name another --out")
     return None
+
+
+def check_state(run, config, state, net, optimizer, curriculum):
+    """UserError for a checkpoint that can be read, but is not one of this network, optimiser and curriculum."""
+    weights, sizes = net.state_dict(), list(net.parameters())
+    groups = [dict(group, params=[0, ...]) for group in optimizer.param_groups]
+    moments = {i: dict(step=torch.tensor(0.0), exp_avg=p, exp_avg_sq=p) for i, p in enumerate(sizes)}
+    losses = dict(losses=[0.0, ...], scores=[0.0, ...])
+    wanted = dict(step=0, net=weights, ema=weights, optimizer=dict(state=moments, param_groups=groups), window={str: (0.0, 0)},
+                  curriculum=dict(curriculum.state_dict(), **losses) if curriculum else None)
+    reason = differs(state, wanted, "state")
+    if not reason and not 0 <= state["step"] <= config.steps:
+        reason = f"it is of step {state['step']} of {config.steps}"
+    if reason:
+        raise UserError(f"{run}: its checkpoint is not one of this run ({reason}); put the right state.pt there, or name another --out")
 
 
 def flat(tree, prefix=""):
@@ -778,10 +852,19 @@ def check_shares(config, world):
         raise UserError(f"--batch {config.batch}: not a multiple of the {world} processes{times}")
 
 
+def step_of(line):
+    """Step of a log line; None for what is none, as a killed process and a broken disk leave it."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
+
+
 def cut_log(path, step):
     """Drop log lines after the checkpoint: those steps are run again."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        lines = [line for line in path.read_text(errors="replace").splitlines() if (step_of(line) or step + 1) <= step]
         write_atomically(path, lambda p: p.write_text("".join(line + "\n" for line in lines)))
 
 
@@ -810,6 +893,7 @@ def train(config):
 
     state = read_state(run)
     if state is not None:
+        check_state(run, config, state, net, optimizer, curriculum)
         net.load_state_dict(state["net"])
         load_optimizer(optimizer, state["optimizer"])
         window.sums, start = {k: tuple(v) for k, v in state["window"].items()}, state["step"]
@@ -999,38 +1083,33 @@ def compute_step(net, config, step, preset, device):
         if finite(each) and not math.isfinite(norm_of(gradients.values())):
             alone.update({i: norm_of(torch.autograd.grad(loss, weights.values(), retain_graph=True, allow_unused=True)) for i, loss in enumerate(each, len(losses))})
         losses += each.tolist()
-        total = {name: g + total[name] if total else g.clone() for name, g in gradients.items()}
+        total = {name: g + total.get(name, 0) for name, g in gradients.items()}
     return losses, alone, total
 
 
 def read_step(path):
-    """What bad_step wrote."""
+    """What bad_step wrote. UserError for any other file."""
     if not Path(path).is_file():
         raise UserError(f"--replay {path}: no such file")
-    step = torch.load(path, map_location="cpu", weights_only=True)
+    options = {name: ["", ...] if value == [] else value for name, value in asdict(TrainConfig()).items()}
+    wanted = dict(step=0, world=0, train=options, model={str: ...}, net={str: ...}, batch={str: ...}, index="", samples=[{str: ...}, ...], losses=[0.0, ...], norm=0.0)
+    try:
+        step = read_pt(path)
+        reason = differs(step, wanted, "the file")
+    except Exception as error:                   # a file of another kind may raise nearly anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+    if not reason:
+        sample = dict(line=0, record={str: ...}, **(dict(task="", t=0) if "task" in step["batch"] else {}))
+        reason = differs(step["samples"], [sample, ...], "samples")
+    if not reason and (not all(map(is_plain, step["batch"].values())) or {len(step["losses"]), *map(len, step["batch"].values())} != {len(step["samples"]) or -1}):
+        reason = "its samples, inputs and losses are not equally many"
+    if reason:
+        raise UserError(f"--replay {path}: not a step that train.py kept ({reason})")
     return step
 
 
-def replay(path, argv):
-    """Compute the step that a run stopped at, and print what is finite of it."""
-    step = read_step(path)
-    config, preset = parse(argv, step["train"]), Config.from_dict(step["model"])
-    for name, value in asdict(config).items():
-        if name not in ("replay", "precision", "accumulate", "checkpointing") and value != step["train"].get(name, value):
-            raise UserError(f"--{name.replace('_', '-')} {value}: --replay computes the step that was; --precision, --accumulate and --checkpointing may change")
-    check_options(config)
-    _, world, device = setup()
-    if world > 1:
-        raise UserError("--replay: one process computes the shares of all; start it without torchrun")
-    check_shares(config, step["world"])
-    config.precision = pick_precision(config.precision, device)
-    net = network(config.stage, preset)
-    net.load_state_dict(step["net"])
-    net.to(device)
-    if config.checkpointing:
-        net.dfgn.checkpointing = True
-    first = watch(net)
-    losses, alone, gradients = compute_step(net, config, step, preset, device)
+def report_step(path, step, config, device, first, losses, alone, gradients, net):
+    """Print what compute_step and watch found beside what was."""
     print(f"{path}: step {step['step']}, {len(losses)} samples of {step['index']} on {step['world']} processes in {step['train']['precision']}; "
           f"now on one {device.type} in {config.precision}")
     print(f"{'sample':>6} {'loss was':>12} {'is':>12}")
@@ -1048,6 +1127,30 @@ def replay(path, argv):
         if name:
             print(f"first {what} that is not finite: {name}")
     print(f"the step is {'' if math.isfinite(sum(losses) + norm) else 'not '}finite")
+
+
+def replay(path, argv):
+    """Compute the step that a run stopped at, on one process, and print what of it is finite."""
+    step = read_step(path)
+    config = parse(argv, step["train"])
+    for name, value in asdict(config).items():
+        if name not in ("replay", "precision", "accumulate", "checkpointing") and value != step["train"].get(name, value):
+            raise UserError(f"--{name.replace('_', '-')} {value}: --replay computes the step that was; --precision, --accumulate and --checkpointing may change")
+    check_options(config)
+    _, world, device = setup()
+    if world > 1:
+        raise UserError("--replay: one process computes the shares of all; start it without torchrun")
+    check_shares(config, step["world"])
+    config.precision = pick_precision(config.precision, device)
+    net, preset = made_for(step["net"], config.stage, step["model"], "--replay", path).to(device), Config.from_dict(step["model"])
+    if config.checkpointing:
+        net.dfgn.checkpointing = True
+    first = watch(net)
+    try:
+        losses, alone, gradients = compute_step(net, config, step, preset, device)
+    except (RuntimeError, TypeError, ValueError, LookupError) as error:
+        raise UserError(f"--replay {path}: its samples cannot be computed here ({first_line(error)})") from None
+    report_step(path, step, config, device, first, losses, alone, gradients, net)
 
 
 # ------------------------------------------------------------------------------------------------ dry run

@@ -952,7 +952,7 @@ def test_ranks_stop_together_and_the_step_is_computed_again_by_one(dfgn_argv, tm
     (tmp_path / "driver.py").write_text(POISONED)
     argv = options(dfgn_argv, steps=4, out=tmp_path / "run", precision="float32", accumulate=2, still_share=0, batch=8)
     launcher = torchrun("--standalone", "--nproc_per_node=2", tmp_path / "driver.py", SCRIPT.parent, Path(__file__).parent, *argv)
-    errors = [line for line in launcher.communicate(timeout=300)[1].splitlines() if line.startswith("error: ")]
+    errors = re.findall("error: (.*)", launcher.communicate(timeout=300)[1])
     path = tmp_path / "run/bad-step-000002.pt"
     step = torch.load(path, weights_only=True)
     assert launcher.returncode and len(errors) == 2 and errors[0] == errors[1], errors
