@@ -200,7 +200,10 @@ def read_pt(path, **options):
                              "torch.save(torch.jit.load(FILE).state_dict(), OTHER)")
         if any(member.compress_type for member in inside) or sum(member.file_size for member in inside) > os.path.getsize(path):
             raise ValueError("holds less than it says; torch.save compresses nothing")
-    return torch.load(path, map_location="cpu", weights_only=True, **options)
+    found = torch.load(path, map_location="cpu", weights_only=True, **options)
+    if found is None:                            # what read_state calls a run that has not begun
+        raise ValueError("holds nothing")
+    return found
 
 
 def read_weights(path, option, parts=("",)):
