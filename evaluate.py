@@ -101,11 +101,11 @@ def code_of(*names):
 def read_kept(path, shape, dtype):
     """The array of a file of `kept`; mapped first, so that no header can ask for more memory than the file is long."""
     try:
-        rows = np.load(path, mmap_mode="r")
+        rows = np.lib.format.open_memmap(path, "r")
         if rows.shape != tuple(shape) or rows.dtype != dtype:
             raise ValueError(f"{rows.dtype} {rows.shape} where {np.dtype(dtype)} {tuple(shape)} belongs")
         return np.array(rows)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:                   # a damaged header may raise nearly anything
         raise UserError(f"{path}: not what evaluate.py keeps ({error}); remove it, and it is made again") from None
 
 
@@ -399,32 +399,31 @@ def changes(trained, first):
 
 
 def read_run(run):
-    """What a run was trained with, flat; its last step; core-seconds of all steps (rank 0, without loaders); its evaluation."""
+    """What a run was trained with, flat; its evaluation; and as cells of a table its last step, core-seconds of all steps (rank 0, without loaders), margins, distances."""
     try:
         config = json.loads((Path(run) / "config.json").read_text())
         trained = flat(dict(train={k: v for k, v in config["train"].items() if k not in ("set", "out")}, model=config["model"]))
         log = [line for _, line in read_jsonl(Path(run) / "log.jsonl")]
-        return trained, log[-1]["step"], sum(line["cpu_s"] for line in log), json.loads((Path(run) / "eval.json").read_text())
-    except (OSError, ValueError, KeyError, IndexError) as error:
+        report = json.loads((Path(run) / "eval.json").read_text())
+        margins = [with_interval(m["mean"], m["interval"]) for m in (t["psnr"]["model - copy"] for t in report["tasks"].values() if t["psnr"])]
+        distances = [f"{t['fd']['FD-app']['value']:.2f}, {t['fd']['FD-mot']['value']:.2f}" for t in report["tasks"].values()]
+        trained["train.seed"], [report[key] for key in ("split", "n", "seed", "protocol")]   # named in the head
+        return trained, report, [str(log[-1]["step"]), f"{sum(line['cpu_s'] for line in log):.0f}", *margins, *distances]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"--compare {run}: config.json, log.jsonl and eval.json of a dfgn run are needed ({error}); `python evaluate.py --run {run}` makes the last") from None
 
 
 def compare(runs):
     """A table with a row for each run: how it differs from the first, its core-seconds, and what evaluate.py measured."""
     reports = {run: read_run(run) for run in runs}
-    first, _, _, report = reports[runs[0]]
-    for run, (*_, other) in reports.items():
+    first, report, _ = reports[runs[0]]
+    for run, (_, other, _) in reports.items():
         for key in ("set", "split", "files", "seed", "protocol", "sampler", "metrics"):
             if other.get(key) != report.get(key):
                 raise UserError(f"--compare {run}: evaluated with another {key} than {runs[0]}; evaluate both alike")
         if list(other["tasks"]) != list(report["tasks"]):
             raise UserError(f"--compare {run}: evaluated on other --tasks than {runs[0]}; evaluate both alike")
-    rows = []
-    for run, (trained, step, cpu, other) in reports.items():
-        changed = ", ".join(changes(trained, first))
-        margins = [t["psnr"]["model - copy"] for t in other["tasks"].values() if t["psnr"]]
-        distances = [f"{t['fd']['FD-app']['value']:.2f}, {t['fd']['FD-mot']['value']:.2f}" for t in other["tasks"].values()]
-        rows.append([Path(run).name, changed or "-", str(step), f"{cpu:.0f}", *(with_interval(m["mean"], m["interval"]) for m in margins), *distances])
+    rows = [[Path(run).name, ", ".join(changes(trained, first)) or "-", *cells] for run, (trained, _, cells) in reports.items()]
     given = [f"{task}, dB over copying" for task, t in report["tasks"].items() if t["psnr"]]
     head = ["run", "differs in", "steps", "core-s of the steps", *given, *(f"{task}, FD-app, FD-mot" for task in report["tasks"])]
     return (f"{report['split']} split, n = {report['n']} concepts, trained with seed {first['train.seed']}, evaluated with {report['seed']}; "
@@ -450,9 +449,9 @@ def find_runs(folders):
         try:
             config = json.loads(path.read_text())
             config["train"] = {**vars(TrainConfig()), **config["train"]}
-            if config["train"]["stage"] == "dfgn" and config["model"] and last_step(path.parent) == config["train"]["steps"]:
+            if config["train"]["stage"] == "dfgn" and config["model"] and last_step(path.parent) == config["train"]["steps"] and describe(config):
                 found[path.parent] = config
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             print(f"{path}: left out, not a run of train.py ({type(error).__name__})", file=sys.stderr)
     if not found:
         raise UserError(f"--runs {' '.join(folders) or '(none named)'}: no folder with config.json and model.safetensors of a DFGN that is trained to its end")

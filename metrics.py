@@ -258,8 +258,9 @@ class I3DRows:
     name, width = "i3d", 400
 
     def __init__(self, path, eps=None, how="loop", device="cpu"):
+        weights = i3d_names(read_weights(path, "--i3d"))
         self.how, self.device = how, device
-        self.net = fit_weights(I3D(eps or 1e-3), i3d_names(read_weights(path, "--i3d")), "--i3d", path).fold().to(device)
+        self.net = fit_weights(I3D(eps or 1e-3), weights, "--i3d", path).fold().to(device)
         self.path, self.key = path, dict(i3d=file_hash(path), eps=eps or 1e-3, how=how)
         self.batch = 4 if str(device) == "cpu" else 16
 
@@ -472,7 +473,8 @@ class DOVERRows:
     name, width, batch = "dover", 2, 1
 
     def __init__(self, path, seed=0, device="cpu"):
-        self.net = fit_weights(DOVER(), read_weights(path, "--dover"), "--dover", path).to(device)
+        weights = read_weights(path, "--dover")
+        self.net = fit_weights(DOVER(), weights, "--dover", path).to(device)
         self.path, self.seed, self.device, self.key = path, seed, device, dict(dover=file_hash(path), seed=seed)
 
     def says(self, T, size):

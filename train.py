@@ -32,6 +32,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -200,7 +201,11 @@ def read_pt(path, **options):
                              "torch.save(torch.jit.load(FILE).state_dict(), OTHER)")
         if any(member.compress_type for member in inside) or sum(member.file_size for member in inside) > os.path.getsize(path):
             raise ValueError("holds less than it says; torch.save compresses nothing")
-    found = torch.load(path, map_location="cpu", weights_only=True, **options)
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, **options)
+    except UnpicklingError as error:             # torch's words advise to load it anyway
+        raise UnpicklingError("it holds other Python objects too, which could run code; take the model's .safetensors file, or save its state_dict alone with torch.save "
+                              "where you trust it" if "Unsupported" in str(error) else "damaged, or of another kind") from None
     if found is None:                            # what read_state calls a run that has not begun
         raise ValueError("holds nothing")
     return found
@@ -220,9 +225,6 @@ def read_weights(path, option, parts=("",)):
         else:
             weights = read_pt(path, mmap=zipfile.is_zipfile(path))
     except Exception as error:                   # a file of another kind may raise nearly anything
-        if "Unsupported global" in str(error):
-            raise UserError(f"{option} {path}: cannot be read as weights (UnpicklingError: it holds other Python objects too, which could run code; take the "
-                            f"model's .safetensors file, or save its state_dict alone with torch.save where you trust it)") from None
         raise UserError(f"{option} {path}: cannot be read as weights ({type(error).__name__}: {first_line(error)})") from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     weights = {name: w for name, w in weights.items() if str(name).startswith(parts)} if isinstance(weights, dict) else weights
