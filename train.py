@@ -1106,8 +1106,10 @@ def read_step(path):
     if not reason:
         sample = dict(line=0, record={str: ...}, **(dict(task="", t=0) if "task" in step["batch"] else {}))
         reason = differs(step["samples"], [sample, ...], "samples")
-    if not reason and (not all(map(is_plain, step["batch"].values())) or {len(step["losses"]), *map(len, step["batch"].values())} != {len(step["samples"]) or -1}):
-        reason = "its samples, inputs and losses are not equally many"
+    if not reason and not all(map(is_plain, step["batch"].values())):
+        reason = "batch: not tensors alone"
+    if not reason and (step["world"] < 1 or {len(step["losses"]), *map(len, step["batch"].values())} != {len(step["samples"]) or -1}):
+        reason = "its samples, inputs and losses are not equally many, or of no process"
     if reason:
         raise UserError(f"--replay {path}: not a step that train.py kept ({reason})")
     return step
