@@ -12,7 +12,8 @@ model.safetensors (EMA weights, configuration in the metadata: what one shares).
 leaves bad-step-N.pt, the weights before step N and all processes' samples as the network got them; there is one such file, the newest.
 
 Every random draw of global sample n of step s is a function of (seed, s, n) alone: a resumed run equals an uninterrupted one bit
-for bit, and N ranks see exactly the draws of one.
+for bit, as does the same command started again on the same machine, in float32 and in bf16, and N ranks see exactly the draws of one.
+Another number of threads or ranks sums in another order: the same draws, other last digits.
 """
 import argparse
 import ctypes

@@ -220,6 +220,19 @@ def test_a_full_disk_spoils_no_checkpoint(tmp_path):
     assert (tmp_path / "file").read_text() == "old"
 
 
+def test_two_processes_write_the_same_run(vae_argv, dfgn_argv, tmp_path):
+    """Fresh ones, whose hashes of strings and addresses differ."""
+    jobs = {"vae": vae_argv, "dfgn": dfgn_argv}
+    for n in "12":
+        argvs = [[str(a) for a in options(argv, steps=3, log_every=1, precision="float32", out=tmp_path / (stage + n))] for stage, argv in jobs.items()]
+        code = f"import json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import train; [train.main(argv) for argv in json.loads(sys.argv[1])]"
+        subprocess.run([sys.executable, "-c", code, json.dumps(argvs)], check=True, capture_output=True, env=dict(os.environ, PYTHONHASHSEED=n))
+    for stage in jobs:
+        assert_same(*(state_of(tmp_path / (stage + n)) for n in "12"))
+        one, two = (log_of(tmp_path / (stage + n)) for n in "12")
+        assert one == two and len(one) == 3
+
+
 # ---- ranks and workers
 
 DRIVER = """
