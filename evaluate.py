@@ -247,8 +247,8 @@ class Test:
 def extractors(args, T, set_hash):
     """All that can look at clips here: the stand-ins, the judge if one was fitted to this set, and what weights were named."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if (args.i3d_eps or args.i3d_frames != "loop") and not args.i3d:
-        raise UserError("--i3d-eps and --i3d-frames: name the weights with --i3d FILE")
+    if (args.i3d_eps or args.i3d_trust or args.i3d_frames != "loop") and not args.i3d:
+        raise UserError("--i3d-eps, --i3d-trust and --i3d-frames: name the weights with --i3d FILE")
     found = [LocalRows(device), NIQERows()]
     if args.judge or Path(JUDGE).is_file():
         judge = JudgeRows(args.judge or JUDGE, device)
@@ -257,7 +257,7 @@ def extractors(args, T, set_hash):
         elif args.judge:
             raise UserError(f"--judge {args.judge}: fitted to another set than {args.data}; `python evaluate.py --fit-judge --data {args.data}` fits one")
     if args.i3d:
-        found.append(I3DRows(args.i3d, args.i3d_eps, args.i3d_frames, device))
+        found.append(I3DRows(args.i3d, args.i3d_eps, args.i3d_frames, device, args.i3d_trust))
     if args.dover:
         found.append(DOVERRows(args.dover, args.seed, device))
     if args.clip:
@@ -975,7 +975,8 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=16, help="clips made at once; changes nothing but speed and memory (default: %(default)s)")
     weights = parser.add_argument_group("published weights, local files; without them their metrics are left out")
-    weights.add_argument("--i3d", metavar="FILE", help="I3D for FVD: i3d_pretrained_400.pt, rgb_imagenet.pt, or another state dict in either naming")
+    weights.add_argument("--i3d", metavar="FILE", help="I3D for FVD: i3d_pretrained_400.pt, rgb_imagenet.pt, or i3d_torchscript.pt")
+    weights.add_argument("--i3d-trust", action="store_true", help="run the code that a TorchScript file holds")
     weights.add_argument("--i3d-eps", type=float, help="of its batch norm (default: 1e-3, as in TensorFlow; 1e-5: comparable with VideoGPT's port)")
     weights.add_argument("--i3d-frames", choices=("loop", "pingpong", "hold", "pad"), default="loop", help="how 8 frames become 16 (default: %(default)s)")
     weights.add_argument("--dover", metavar="FILE", help="DOVER.pth, for VQA")

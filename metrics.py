@@ -26,7 +26,7 @@ from scipy.special import gammaln
 
 from data import UserError, even_frames, tokenize
 from model import count_words
-from train import check_fit, differs, file_hash, find_clip, fit_weights, read_model, read_weights, save_model
+from train import check_fit, differs, file_hash, find_clip, fit_weights, is_torchscript, read_model, read_weights, save_model
 
 PSNR_CAP = 50.0                                  # dB: a frame that is copied and did not move would have an infinite one
 
@@ -254,24 +254,36 @@ def i3d_input(clips, how="loop"):
 
 
 class I3DRows:
-    """Clips -> I3D logits. The file is a state dict in either naming."""
+    """Clips -> I3D logits. The file is a state dict in either naming, or with `trust` the TorchScript file i3d_torchscript.pt, which runs as it is
+    (fed prepared clips, so that how it would resize them does not matter)."""
     name, width = "i3d", 400
 
-    def __init__(self, path, eps=None, how="loop", device="cpu"):
-        weights = i3d_names(read_weights(path, "--i3d"))
-        self.how, self.device = how, device
-        self.net = fit_weights(I3D(eps or 1e-3), weights, "--i3d", path).fold().to(device)
+    def __init__(self, path, eps=None, how="loop", device="cpu", trust=False):
+        self.how, self.device, self.script = how, device, Path(path).is_file() and is_torchscript(path)
+        if self.script and not trust:
+            raise UserError(f"--i3d {path}: a TorchScript archive, which holds code; add --i3d-trust where you trust it, or take the weights as a state_dict")
+        if self.script and eps:
+            raise UserError(f"--i3d-eps {eps}: {path} is TorchScript with its own; leave the option out")
+        if self.script:
+            self.net = torch.jit.load(path, map_location=device).eval()
+        else:
+            weights = i3d_names(read_weights(path, "--i3d"))
+            self.net = fit_weights(I3D(eps or 1e-3), weights, "--i3d", path).fold().to(device)
         self.path, self.key = path, dict(i3d=file_hash(path), eps=eps or 1e-3, how=how)
         self.batch = 4 if str(device) == "cpu" else 16
 
     def says(self, T, size):
         frames = f"{T} -> 16 {self.how}" if T < 16 else f"the first 16 of {T} frames" if T > 16 else "16 frames"
-        return f"FVD: I3D logits, {self.path} (SHA-256 {self.key['i3d'][:12]}, batch norm eps {self.key['eps']:g}), {frames}, 224 px bilinear"
+        kind = "TorchScript" if self.script else f"batch norm eps {self.key['eps']:g}"
+        return f"FVD: I3D logits, {self.path} (SHA-256 {self.key['i3d'][:12]}, {kind}), {frames}, 224 px bilinear"
 
     @torch.no_grad()
     def __call__(self, clips):
         x = i3d_input(clips, self.how).to(self.device)
-        return self.net(x).float().cpu().numpy()
+        y = self.net(x, False, False, True) if self.script else self.net(x)
+        if tuple(y.shape) != (len(clips), 400):
+            raise UserError(f"--i3d {self.path}: gives {tuple(y.shape)}, not {len(clips)} times 400 logits")
+        return y.float().cpu().numpy()
 
 
 # ------------------------------------------------------------------------------------------------ DOVER, networks

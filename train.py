@@ -192,12 +192,16 @@ def first_line(error):
     return str(error).partition("\n")[0][:240]
 
 
+def is_torchscript(path):
+    return zipfile.is_zipfile(path) and any("/code/" in name for name in zipfile.ZipFile(path).namelist())
+
+
 def read_pt(path, **options):
     """What torch.save wrote: tensors and plain values. Code in it is not run, and it takes no more memory than the file is long."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             inside = archive.infolist()
-        if any("/code/" in member.filename for member in inside):
+        if is_torchscript(path):
             raise ValueError("a TorchScript archive, which holds code; take the same weights as a .safetensors file or a state_dict, or, where you trust it, "
                              "torch.save(torch.jit.load(FILE).state_dict(), OTHER)")
         if any(member.compress_type for member in inside) or sum(member.file_size for member in inside) > os.path.getsize(path):

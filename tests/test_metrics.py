@@ -270,24 +270,39 @@ def test_extend():
 
 @pytest.fixture(scope="module")
 def i3d_files(i3d_weights, i3d_golden, tmp_path_factory):
-    """The same network in two forms: ours, and the other naming (as safetensors)."""
+    """The same network in three forms: ours, the other naming (as safetensors), TorchScript with the call of i3d_torchscript.pt."""
     folder = tmp_path_factory.mktemp("i3d")
     torch.save(i3d_weights, folder / "ours.pt")
     theirs = {new: i3d_weights[old].clone() for new, old in i3d_golden["hassony2_key_map"].items()}
     from safetensors.torch import save_file
     save_file(theirs, folder / "other.safetensors")
+
+    class Script(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.jit.trace(metrics.fit_weights(metrics.I3D(), i3d_weights, "", "").float(), torch.zeros(1, 3, 16, 224, 224))
+
+        def forward(self, x, rescale: bool = False, resize: bool = False, return_features: bool = False):
+            assert return_features and not rescale and not resize
+            return self.net(x)
+    torch.jit.script(Script()).save(str(folder / "script.pt"))
     return folder
 
 
+@pytest.mark.filterwarnings("ignore")            # torch.jit is deprecated, and the published file is in its format
 def test_i3d_rows_of_every_file_agree(i3d_files, i3d_golden):
-    for name in ("ours.pt", "other.safetensors"):
-        extractor = metrics.I3DRows(str(i3d_files / name))
+    for name, says in (("ours.pt", "eps 0.001"), ("other.safetensors", "eps 0.001"), ("script.pt", "TorchScript")):
+        extractor = metrics.I3DRows(str(i3d_files / name), trust=name == "script.pt")
         rows = extractor(golden_clip())
         assert rows.shape == (1, 400) and rows[0, :16].tolist() == pytest.approx(i3d_golden["logits"]["preprocess_then_loop16"], **close)
-        assert "eps 0.001" in extractor.says(8, 64) and "8 -> 16 loop" in extractor.says(8, 64)
+        assert says in extractor.says(8, 64) and "8 -> 16 loop" in extractor.says(8, 64)
     other = metrics.I3DRows(str(i3d_files / "ours.pt"), eps=1e-5)
     change = np.linalg.norm(other(golden_clip()) - rows) / np.linalg.norm(rows)
     assert 1e-3 < change < 0.05 and other.key != metrics.I3DRows(str(i3d_files / "ours.pt")).key
+    with pytest.raises(data.UserError, match="--i3d-eps 1e-05: .*TorchScript"):
+        metrics.I3DRows(str(i3d_files / "script.pt"), eps=1e-5, trust=True)
+    with pytest.raises(data.UserError, match="holds code; add --i3d-trust"):
+        metrics.I3DRows(str(i3d_files / "script.pt"))
 
 
 def test_wrong_weights_are_refused_with_keys_and_shapes(tmp_path, i3d_weights):
