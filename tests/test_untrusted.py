@@ -68,7 +68,7 @@ def test_code_in_a_file_is_not_run(kind, dfgn_argv, tiny_dfgn, clip_folder, tmp_
                "--i3d": lambda: metrics.I3DRows(str(bad)), "--dover": lambda: metrics.DOVERRows(str(bad)), "--clip": lambda: metrics.CLIPRows(str(folder)),
                "--replay": lambda: run_train("--replay", bad), "neither state.pt nor state.prev.pt": lambda: resumed([*dfgn_argv, "--steps", 7], run, bad)}
     said = dict(pickle="objects too, which could run code", legacy="objects too, which could run code",
-                script="TorchScript", bomb="holds less than it says", cut="cannot be read|not a step", none="no weights|holds nothing")[kind]
+                script="TorchScript", bomb="unpacks to more than the file is long", cut="cannot be read|not a step", none="no weights|holds nothing")[kind]
     for option, read in readers.items():
         with pytest.raises(UserError, match=f"{option}" if "state" in option else f"{option} .*({said})"):
             read()
