@@ -378,8 +378,8 @@ def test_a_vae_of_opaque_images_gives_opaque_stickers(tmp_path, stickers16, movi
     """The paper's preset has three image channels."""
     from model import RDTF, VAE
     config = train.resolve_config("tiny", ["vae.image_channels=3"])
-    train.save_model(tmp_path / "vae.safetensors", VAE(config.vae).state_dict(), kind="vae", config=config.to_dict())
-    train.save_model(tmp_path / "dfgn.safetensors", RDTF(config).state_dict(), kind="dfgn", config=config.to_dict(),
+    train.save_model(tmp_path / "vae.safetensors", VAE(config.vae).state_dict(), kind="vae", config=config.to_dict(), step=0)
+    train.save_model(tmp_path / "dfgn.safetensors", RDTF(config).state_dict(), kind="dfgn", config=config.to_dict(), step=0,
                      vae=train.file_hash(tmp_path / "vae.safetensors"), vae_file=str(tmp_path / "vae.safetensors"))
     s = Sampler(tmp_path / "dfgn.safetensors")
     frames, mask = clip_of(moving[1])
