@@ -31,6 +31,7 @@ import tempfile
 import threading
 import time
 import warnings
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -84,6 +85,41 @@ def run_cli(main):
         return
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+HELD = weakref.WeakSet()                         # locks of this process; a worker closes them, or they would outlive their owner in it
+os.register_at_fork(after_in_child=lambda: [lock.close() for lock in HELD])
+
+
+def hold(path, what, wait=False):
+    """Lock the file `path`, made where it is missing -> the open file: held until that is closed or its process ends, however it ends.
+
+    UserError where another process has it, as that is writing `what`; with `wait` that is said and waited for. The owner may remove the file."""
+    path = Path(path)
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):                         # the last owner removed it meanwhile: begin anew
+            lock = take_lock(open(path, "a+"), what, wait)
+            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
+                break
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    HELD.add(lock)
+    return lock
+
+
+def take_lock(lock, what, wait):
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = f"{what} is being written by process {lock.read() or 'unknown'}"
+        if not wait:
+            raise UserError(f"{owner}; wait until it is done, or write somewhere else") from None
+        print(f"{owner}: waiting for it", file=sys.stderr, flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 def read_jsonl(path):
