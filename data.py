@@ -508,14 +508,15 @@ def prepare(out, size, source, jobs, workers=2, most=MOST_FRAMES, total=None, re
     if already_prepared(out, wanted):
         return
     length = block_length(size, most, total)
-    (part / "blocks").mkdir(parents=True, exist_ok=True)
-    with open(part / "blocks/lock", "w") as lock:
-        begin(part, out, dict(wanted, length=length), lock)
+    with hold(part / "blocks/lock", out):
+        if already_prepared(out, wanted):        # meanwhile, by the process that had the lock
+            return shutil.rmtree(part)
+        begin(part, dict(wanted, length=length))
         start, done = time.perf_counter(), finished_blocks(part, size)
         before = sum(b["seen"] for b in done.values())
         if done:
             print(f"{out}: going on behind {before} stickers of an interrupted run", flush=True)
-        pool = ProcessPoolExecutor(workers, get_context("fork"), follow_parent, (lock.fileno(),))
+        pool = ProcessPoolExecutor(workers, get_context("fork"), follow_parent)
         work = functools.partial(write_block, part, read, size, most)
         try:
             with pool, tqdm(desc="stickers", total=total, initial=before, **progress()) as bar:
@@ -552,12 +553,8 @@ def block_length(size, most, total):
     return min(fit, max(16, min(BLOCK, -(-total // FEWEST_BLOCKS)), -(-total // MOST_BLOCKS)))
 
 
-def begin(part, out, wanted, lock):
-    """Take the part folder for this process; what an interrupted run of something else left in it is not touched."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{part}: another process is preparing {out}; wait for it or give another --out") from None
+def begin(part, wanted):
+    """Clear the part folder of what is half-written; what an interrupted run of something else left in it is not touched."""
     job = part / "blocks/job.json"
     if job.is_file():
         found = json.loads(job.read_text())
@@ -616,9 +613,8 @@ def in_order(pool, work, items, ahead):
         yield waiting.popleft().result()
 
 
-def follow_parent(lock):
-    """Worker: leave the lock and Ctrl-C to the main process, and end with it however it ends."""
-    os.close(lock)
+def follow_parent():
+    """Worker: leave Ctrl-C to the main process, and end with it however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (connection.wait([parent_process().sentinel]), os._exit(1)), daemon=True).start()
 
@@ -1211,8 +1207,7 @@ def write_latents(folder, vae_hash, n, shape, batches):
     out = latents_folder(folder, vae_hash)
     part, length = Path(folder) / f".{out.name}.part", max(1, min(LATENT_ROWS, SHARD_BYTES // (2 * int(np.prod(shape)))))
     meta = dict(vae=vae_hash, set=read_meta(folder)["hash"], n=n, shape=list(shape), lengths=[min(length, n - i) for i in range(0, n, length)])
-    with open(Path(folder) / f".{out.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold(Path(folder) / f".{out.name}.lock", out, wait=True):
         if latents_ready(folder, vae_hash):      # the other process made it meanwhile
             return
         if not (part / "meta.json").is_file() or json.loads((part / "meta.json").read_text()) != meta:

@@ -1,9 +1,9 @@
 """data.py: animations made byte by byte, prepared sets, masks, and the one rule: a draw is a function of (seed, step, n)."""
 import errno
-import fcntl
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -617,9 +617,8 @@ def test_an_interrupted_run_of_something_else_is_refused(manifest, tmp_path, cap
     finally:
         (manifest / "m.jsonl").write_text(plain)
     assert "interrupted run of something else" in line and "remove it" in line
-    with open(tmp_path / ".set.part/blocks/lock") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another process" in refused(capsys, *vsd2m(manifest, tmp_path / "set"))
+    with data.hold(tmp_path / ".set.part/blocks/lock", "set"):
+        assert f"set is being written by process {os.getpid()};" in refused(capsys, *vsd2m(manifest, tmp_path / "set"))
     data.main(vsd2m(manifest, tmp_path / "set"))
     assert "going on behind 96 stickers" in capsys.readouterr().out
 
