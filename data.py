@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -32,6 +33,7 @@ import threading
 import time
 import warnings
 import weakref
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -46,6 +48,12 @@ from tqdm import tqdm
 
 VERSION = 2                                      # of the prepared format: raise it when the files of a set change
 MOST_FRAMES = 24                                 # kept of a long clip
+# What a file may ask for. With these, reading one takes at most 1.2 GB beside what Python and torch take (0.3 GB where frames are thinned and
+# made small, as in preparing) and about half a minute on a slow core, whatever its bytes say; a sticker of 512 pixels may still have 950 frames.
+MOST_SIDE, MOST_DECODED, MOST_PIXELS = 4096, 2000, 2.5e8                     # of a canvas, frames of a file, pixels of all of them
+MOST_BYTES = 2**26                               # of a file: the largest canvas, uncompressed
+MOST_LINE = 2**20                                # bytes of a line of JSON
+MOST_CAPTION = 2000                              # characters
 SHARD_BYTES = 2 * 10**9                          # no file of frames or latents is longer
 BLOCK = 64                                       # stickers that a worker takes at a time; their frames are one file
 FEWEST_BLOCKS, MOST_BLOCKS = 64, 8192            # of a set: a small one has smaller blocks, a huge one larger ones
@@ -64,7 +72,9 @@ FLUENT = {part: (f"@lobehub/fluent-emoji-anim-{part}", "1.0.0", sha) for part, s
     4: "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3"}.items()}
 
 
+Image.MAX_IMAGE_PIXELS = MOST_SIDE**2 // 2       # Pillow refuses twice as many, also where a GIF's later frames make its canvas grow
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # check_canvas refuses them in one line
+warnings.filterwarnings("ignore", module=r"PIL\.")                       # of damaged files: no line on stderr for each of millions
 
 
 class UserError(Exception):
@@ -126,16 +136,27 @@ def read_jsonl(path):
     """Yield (line number, object) of a JSON-lines file, one line in memory at a time."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file")
+    for number, line in numbered_lines(path):
+        yield number, parse_line(path, number, line)
+
+
+def numbered_lines(path):
+    """Yield (line number, line) of a file, unread: a resumed run skips millions of them in a moment."""
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            yield number, parse_line(path, number, line)
+        for number in itertools.count(1):
+            line = lines.readline(MOST_LINE + 1)
+            if len(line) > MOST_LINE:
+                raise UserError(f"{path}, line {number}: longer than {MOST_LINE} bytes; mend or remove it")
+            if not line:
+                return
+            yield number, line
 
 
 def parse_line(path, number, line):
     """One line of a JSON-lines file -> dict. UserError: names it."""
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}, line {number}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}, line {number}: not a JSON object")
@@ -159,9 +180,9 @@ def thin(n, most, keep=()):
 
 
 def kept_durations(durations, kept):
-    """Durations of the kept frames: each stands for itself and those dropped after it, so the total stays (ms)."""
+    """Durations of the kept frames: each stands for itself and those dropped after it, so the total stays (ms, at least 1)."""
     ends = [*kept[1:], len(durations)]
-    return [int(round(sum(durations[a:b]))) for a, b in zip([0, *kept[1:]], ends)]
+    return [max(1, round(sum(durations[a:b]))) for a, b in zip([0, *kept[1:]], ends)]
 
 
 def square_image(image, size, resample=Image.Resampling.BICUBIC):
@@ -182,10 +203,10 @@ def square(frames, size, resample=Image.Resampling.BICUBIC):
 
 
 def check_canvas(name, width, height, n):
-    if not (0 < width <= 4096 and 0 < height <= 4096):
-        raise UserError(f"{name}: {width}x{height} pixels; 1x1 to 4096x4096 can be read")
-    if n > 2000 or n * width * height > 1e9:
-        raise UserError(f"{name}: {n} frames of {width}x{height}; at most 2000 frames and 1e9 pixels can be read")
+    if not (0 < width <= MOST_SIDE and 0 < height <= MOST_SIDE):
+        raise UserError(f"{name}: {width}x{height} pixels; 1x1 to {MOST_SIDE}x{MOST_SIDE} can be read")
+    if not 0 < n <= MOST_DECODED or n * width * height > MOST_PIXELS:
+        raise UserError(f"{name}: {n} frames of {width}x{height}; 1 to {MOST_DECODED} frames and at most {MOST_PIXELS:g} pixels can be read")
 
 
 def webp_alpha(content):
@@ -229,9 +250,16 @@ def load_frame(image, i, first):
 def read_source(source, name):
     """A path or bytes -> bytes."""
     try:
-        return source if isinstance(source, bytes) else Path(source).read_bytes()
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read as an image ({error.strerror})") from None
+        if isinstance(source, bytes):
+            size, regular = len(source), True
+        else:
+            found = os.stat(source)              # before it is opened: a pipe would wait for a writer
+            size, regular = found.st_size, stat.S_ISREG(found.st_mode)
+        if regular and size <= MOST_BYTES:
+            return source if isinstance(source, bytes) else Path(source).read_bytes()
+    except (OSError, ValueError) as error:       # ValueError: a name with a NUL
+        raise UserError(f"{name}: cannot be read as an image ({getattr(error, 'strerror', None) or error})") from None
+    raise UserError(f"{name}: cannot be read as an image ({f'more than {MOST_BYTES} bytes' if regular else 'no regular file'})")
 
 
 def decode_frames(source, name, most=None, size=None, keep=(), room=None):
@@ -246,8 +274,11 @@ def decode_frames(source, name, most=None, size=None, keep=(), room=None):
             check_canvas(name, *image.size, n)
             kept, durations, known = thin(n, most or n, keep), [], webp_durations(content) if image.format == "WEBP" else []
             frames = np.empty((len(kept), *((size, size) if size else image.size[::-1]), 4), np.uint8) if room is None else room[:len(kept)]
+            canvas = image.size
             for i in range(kept[-1] + 1 if len(known) == n else n):
                 load_frame(image, start + i, start)
+                if image.size != canvas:
+                    raise UserError(f"{name}: frame {i} makes the canvas {image.width}x{image.height}, it was {canvas[0]}x{canvas[1]}")
                 durations.append(image.info.get("duration") or 100)
                 if i in kept:
                     frame = image if image.mode == "RGBA" else image.convert("RGBA")
@@ -257,7 +288,7 @@ def decode_frames(source, name, most=None, size=None, keep=(), room=None):
     except UnidentifiedImageError:
         raise UserError(f"{name}: cannot be read as an image (no GIF, WebP, PNG or JPEG, or cut off at once)") from None
     except Exception as error:                   # a broken file can make Pillow raise nearly anything
-        error = getattr(error, "strerror", None) or error
+        error = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{name}: cannot be read as an image ({error})") from None
     return frames, kept_durations(durations + known[len(durations):], kept), kept
 
@@ -451,11 +482,30 @@ def split_of(concept):
 
 # ---- preparing a set
 
+def lies_in(root, path):
+    """Is it below root, links followed?"""
+    return os.path.realpath(path).startswith(os.path.realpath(root).rstrip(os.sep) + os.sep)
+
+
+def unusable(job):
+    """The reason why a job is skipped before its file is touched, or None. job["root"]: the folder that its file must not leave."""
+    caption = job["caption"]
+    if not caption.strip():
+        return "no caption"
+    if len(caption) > MOST_CAPTION:
+        return f"a caption of {len(caption)} characters; at most {MOST_CAPTION} can be used"
+    if re.search("[\0\ud800-\udfff]", caption + job["file"]):
+        return "a NUL or half a surrogate pair in the caption or the name"
+    if job.get("root") and not lies_in(job["root"], job["source"]):
+        return f"a link out of {job['root']}; --allow-outside follows it"
+    return None
+
+
 def decode(job, size, most, room=None):
     """Job -> (index record without `first`, frames (n, size, size, 4), input bytes, what tells them from others), or dict(file, reason)."""
     source, keep = job["source"], job.get("keep", ())
-    if not job["caption"].strip():
-        return dict(file=job["file"], reason="no caption")
+    if reason := unusable(job):
+        return dict(file=job["file"], reason=reason)
     if isinstance(source, tuple):                # frames and durations, drawn here
         kept, content = thin(len(source[0]), most), source[0]
         frames, durations = square(content[kept], size), kept_durations(source[1], kept)
@@ -516,13 +566,14 @@ def prepare(out, size, source, jobs, workers=2, most=MOST_FRAMES, total=None, re
         before = sum(b["seen"] for b in done.values())
         if done:
             print(f"{out}: going on behind {before} stickers of an interrupted run", flush=True)
-        pool = ProcessPoolExecutor(workers, get_context("fork"), follow_parent)
+        pool = ProcessPoolExecutor(workers, get_context("fork"), follow_parent, (part,))
         work = functools.partial(write_block, part, read, size, most)
         try:
             with pool, tqdm(desc="stickers", total=total, initial=before, **progress()) as bar:
                 fresh = write_blocks(part, in_order(pool, work, cut(jobs(), length, done), 2 * workers), done, bar)
         except BrokenProcessPool:
-            raise UserError(f"{out}: a worker was killed (out of memory?); the same command goes on from here") from None
+            culprits = ", ".join(path.read_text(errors="replace") for path in sorted(part.glob("blocks/reading-*.tmp"))) or "no file"
+            raise UserError(f"{out}: a worker died (out of memory?) while it read {culprits}; the same command goes on from here, remove the file if it dies again") from None
         except KeyboardInterrupt:
             raise UserError(f"{out}: interrupted; the same command goes on from here, {part} keeps what is done") from None
         refuse_skipped(part, done)
@@ -582,8 +633,11 @@ def finished_blocks(part, size):
     """{number: summary} of the blocks that an interrupted run finished. A block's lines come last, when its frames are on the disk."""
     done = {}
     for path in (part / "blocks").glob("block-*.jsonl"):
-        with open(path) as lines:
-            summary = json.loads(next(lines))
+        try:
+            with open(path) as lines:
+                summary = json.loads(next(lines))
+        except (ValueError, StopIteration):      # damaged: made anew
+            continue
         frames = shard(part, "frames", summary["number"])
         if frames.is_file() and frames.stat().st_size == 4 * size * size * summary["frames"]:
             done[summary["number"]] = summary
@@ -613,9 +667,15 @@ def in_order(pool, work, items, ahead):
         yield waiting.popleft().result()
 
 
-def follow_parent():
-    """Worker: leave Ctrl-C to the main process, and end with it however it ends."""
+def reading(part):
+    """Worker: the file that names what it reads, for the case that it dies of it."""
+    return part / f"blocks/reading-{os.getpid()}.tmp"
+
+
+def follow_parent(part):
+    """Worker: leave Ctrl-C to the main process, and end with it however it ends; one ended because another died is no suspect."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: (reading(part).unlink(missing_ok=True), os._exit(1)))
     threading.Thread(target=lambda: (connection.wait([parent_process().sentinel]), os._exit(1)), daemon=True).start()
 
 
@@ -628,9 +688,12 @@ def write_block(part, read, size, most, number, jobs):
     """Worker: write the frames of a block -> (summary, temporary file of frames, lines of the index and of what was skipped)."""
     temporary, digest = part / f"{shard(part, 'frames', number).name}.{os.getpid()}.tmp", hashlib.sha256()
     lines, skipped, first, n_bytes, room = [], [], 0, 0, np.empty((most, size, size, 4), np.uint8)
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb") as file, open(reading(part), "wb", buffering=0) as note:
         for job in jobs:
-            decoded = decode(read(job), size, most, room)
+            job = read(job)
+            os.pwrite(note.fileno(), job["file"].encode(errors="replace"), 0)
+            decoded = decode(job, size, most, room)
+            note.truncate(0)
             if isinstance(decoded, dict):
                 skipped.append(decoded)
                 continue
@@ -773,12 +836,22 @@ def emoji_labels(path):
 
 
 def tar_stickers(path):
-    """Yield (stem, bytes) of the regular files package/assets/STEM.webp; nothing is unpacked to the disk."""
-    with tarfile.open(path, "r|gz") as tar:
-        for member in tar:
-            match = re.fullmatch(r"package/assets/([0-9a-z_-]+)\.webp", member.name)
-            if match and member.isreg():
-                yield match[1], tar.extractfile(member).read()
+    """Yield (stem, bytes) of the regular files package/assets/STEM.webp, no more bytes than show that there are too many.
+
+    Nothing is unpacked to the disk. UserError: the archive is broken or has a sticker twice."""
+    seen = set()
+    try:
+        with tarfile.open(path, "r|gz") as tar:
+            for member in tar:
+                match = re.fullmatch(r"package/assets/([0-9a-z_-]+)\.webp", member.name)
+                if match and member.isreg():
+                    if match[1] in seen:
+                        raise UserError(f"{path}: holds {member.name} twice; remove it and fetch it again")
+                    seen.add(match[1])
+                    yield match[1], tar.extractfile(member).read(MOST_BYTES + 1)
+                tar.members.clear()              # or the heads of a million small members would stay
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
+        raise UserError(f"{path}: a broken archive ({error}); remove it and fetch it again") from None
 
 
 def fluent_jobs(parts, downloads):
@@ -792,43 +865,42 @@ def plain_labels(caption):
     return dict(caption=caption, keywords=[], concept=caption.lower(), group="")
 
 
-def vsd2m_lines(manifest, limit=None):
-    """Yield (line number, line), unread: a resumed run skips millions of them in a moment."""
-    with open(manifest, "rb") as lines:
-        yield from itertools.islice(enumerate(lines, 1), limit)
-
-
-def vsd2m_job(manifest, root, numbered):
+def vsd2m_job(manifest, root, outside, numbered):
     """One line of the manifest -> job. UserError: names the line."""
     number, line = numbered
     line = parse_line(manifest, number, line)
     path, keep = line.get("visual_path"), line.get("keyframe_idx") or []
-    if not isinstance(path, str) or path.startswith("/") or ".." in path.split("/"):
-        raise UserError(f"{manifest}, line {number}: visual_path must be a path below --root")
+    if not isinstance(path, str) or leaves(path) and not outside:
+        raise UserError(f"{manifest}, line {number}: visual_path must be a path below --root (or else --allow-outside)")
     if not isinstance(keep, list) or not all(isinstance(i, int) for i in keep):
         raise UserError(f"{manifest}, line {number}: keyframe_idx must be a list of whole numbers")
-    return plain_job(path, os.path.join(root, path), str(line.get("eng_cap") or ""), keep)
+    return plain_job(path, os.path.join(root, path), str(line.get("eng_cap") or ""), keep, None if outside else root)
 
 
-def survey(manifest, root, limit, check):
+def leaves(path):
+    """Does the text of a path lead out of the folder that it is relative to?"""
+    return path.startswith("/") or ".." in path.split("/")
+
+
+def survey(manifest, root, limit, outside, check):
     """-> (SHA-256 of the manifest, number of lines in use). check: refuse a bad line before anything slow."""
     if not Path(manifest).is_file():
         raise UserError(f"{manifest}: no such file")
     if not Path(root).is_dir():
         raise UserError(f"--root {root}: no such folder")
     digest, number = hashlib.sha256(), 0
-    for number, line in vsd2m_lines(manifest):
+    for number, line in numbered_lines(manifest):
         digest.update(line)
         if check and number <= (limit or number):
-            vsd2m_job(manifest, root, (number, line))
+            vsd2m_job(manifest, root, outside, (number, line))
     return digest.hexdigest(), min(number, limit or number)
 
 
-def plain_job(file, path, caption, keep=()):
-    return dict(file=file, source=str(path), keep=list(keep), **plain_labels(caption.strip()))
+def plain_job(file, path, caption, keep=(), root=None):
+    return dict(file=file, source=str(path), keep=list(keep), root=root, **plain_labels(caption.strip()))
 
 
-def folder_jobs(root):
+def folder_jobs(root, outside=False):
     """Captions from captions.jsonl if there is one (it is then the list of files), else NAME.txt, else the file's stem."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
@@ -836,12 +908,22 @@ def folder_jobs(root):
         for number, line in read_jsonl(root / "captions.jsonl"):
             if not isinstance(line.get("file"), str) or not isinstance(line.get("caption"), str):
                 raise UserError(f"{root / 'captions.jsonl'}, line {number}: needs \"file\" and \"caption\"")
-            yield plain_job(line["file"], root / line["file"], line["caption"])
+            if leaves(line["file"]) and not outside:
+                raise UserError(f"{root / 'captions.jsonl'}, line {number}: \"file\" must be a path below {root} (or else --allow-outside)")
+            yield plain_job(line["file"], root / line["file"], line["caption"], root=None if outside else root)
         return
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in FORMATS and p.is_file()):
         text = path.with_suffix(".txt")
-        caption = text.read_text(errors="replace") if text.is_file() else re.sub(r"[-_\s]+", " ", path.stem)
-        yield plain_job(path.relative_to(root).as_posix(), path, caption)
+        if text.is_file() and not outside and not lies_in(root, text):
+            raise UserError(f"{text}: a link out of {root}; --allow-outside follows it")
+        caption = read_caption(text) if text.is_file() else re.sub(r"[-_\s]+", " ", path.stem)
+        yield plain_job(path.relative_to(root).as_posix(), path, caption, root=None if outside else root)
+
+
+def read_caption(path):
+    """The text of a small file; of a large one as much as shows that it is too long."""
+    with open(path, "rb") as file:
+        return file.read(8 * MOST_CAPTION).decode(errors="replace")
 
 
 SHAPES, MOTIONS = ("circle", "square", "triangle", "star"), ("moves left", "moves right", "moves up", "moves down", "grows", "spins", "blinks")
@@ -1050,9 +1132,10 @@ class Mapped:
 
 
 class Records(Sequence):
-    """Lines of an index.jsonl as dicts, parsed when asked for: `rows` of them, which end at the bytes `ends` (of all lines)."""
-    def __init__(self, path, ends, rows):
+    """Lines of an index.jsonl as dicts, parsed when asked for: `rows` of them, which end at the bytes `ends` and have `frames` (of all lines)."""
+    def __init__(self, path, ends, rows, frames):
         self.path, self.ends, self.rows = path, ends, rows
+        self.stops = np.cumsum(frames, dtype=np.int64)                       # one behind the last frame
         self.text = np.memmap(path, np.uint8, "r") if len(ends) else b""
 
     def __len__(self):
@@ -1063,7 +1146,10 @@ class Records(Sequence):
             return [self[j] for j in range(*i.indices(len(self)))]
         row = int(self.rows[i])
         line = self.text[int(self.ends[row - 1]) if row else 0:int(self.ends[row])]
-        return parse_line(self.path, row + 1, bytes(line))
+        record, first = parse_line(self.path, row + 1, bytes(line)), int(self.stops[row - 1]) if row else 0
+        if (record.get("first"), record.get("n")) != (first, int(self.stops[row]) - first):
+            raise UserError(f"{self.path}, line {row + 1}: its frames are not those of index.npy; prepare the set again")
+        return record
 
 
 class Members(Sequence):
@@ -1125,14 +1211,14 @@ class StickerSet:
         self.size = self.meta["size"]
         advice = f"remove {self.folder} and prepare it again"
         self.frames = Mapped(self.folder, "frames", self.meta["shards"], np.uint8, (self.size, self.size, 4)).check(advice)
-        table, index = read_table(self.folder / "index.npy", self.meta["stickers"], advice), self.folder / "index.jsonl"
+        table, index = read_table(self.folder / "index.npy", self.meta, advice), self.folder / "index.jsonl"
         if not index.is_file() or index.stat().st_size != (table["end"][-1] if len(table) else 0):
             raise UserError(f"{index}: missing or of the wrong length; {advice}")
         own = np.full(len(table), True) if split is None else table["split"] == SPLITS.index(split)
         if groups is not None:
             own &= np.isin(table["group"], [i for i, group in enumerate(self.meta["groups"]) if group in groups])
         rows = np.flatnonzero(own)
-        self.records, self.lengths = Records(index, np.ascontiguousarray(table["end"]), rows), table["n"][rows]
+        self.records, self.lengths = Records(index, np.ascontiguousarray(table["end"]), rows, np.ascontiguousarray(table["n"])), table["n"][rows]
         self.concept, self.split = table["concept"][rows].astype(np.int64), np.array(SPLITS)[table["split"][rows]]
         self.members = Members(self.concept)
         self.concepts = Concepts(self.members, self.records)
@@ -1149,14 +1235,18 @@ class StickerSet:
         return self.frames[record["first"] + np.asarray(idx, int)]
 
 
-def read_table(path, stickers, advice):
-    """index.npy -> array (stickers,) of COLUMNS."""
+def read_table(path, meta, advice):
+    """index.npy -> array (stickers,) of COLUMNS that goes together with meta.json."""
     try:
-        table = np.load(path)
-    except (OSError, ValueError, EOFError) as error:
+        table = np.lib.format.open_memmap(path, "r")                         # no larger than its file, whatever its head says
+        if table.dtype != COLUMNS or table.shape != (meta["stickers"],):
+            raise ValueError(f"{len(table)} rows, {meta['stickers']} expected")
+        table = np.array(table)
+        if len(table) and not ((np.diff(table["end"].astype(np.int64), prepend=0) > 0).all() and (table["n"] > 0).all()
+                               and table["n"].sum() == meta["frames"] and table["split"].max() < len(SPLITS) and table["group"].max() < len(meta["groups"])):
+            raise ValueError("numbers out of range")
+    except Exception as error:                   # a broken file can make NumPy raise nearly anything
         raise UserError(f"{path}: missing or corrupt ({getattr(error, 'strerror', None) or error}); {advice}") from None
-    if table.dtype != COLUMNS or len(table) != stickers:
-        raise UserError(f"{path}: {len(table)} rows, {stickers} expected; {advice}")
     return table
 
 
@@ -1167,9 +1257,9 @@ def read_meta(folder):
     try:
         meta = json.loads(path.read_text())
         meta = dict(meta, size=int(meta["size"]), frames=int(meta["frames"]), stickers=int(meta["stickers"]), hash=meta["hash"])
-        if meta.get("version") == VERSION and meta["frames"] != sum(meta["shards"]):
-            raise ValueError("frames and shards do not go together")
-    except (ValueError, KeyError, TypeError) as error:
+        if meta.get("version") == VERSION and (meta["frames"] != sum(meta["shards"]) or min(meta["size"], *meta["shards"]) < 0 or not isinstance(meta["groups"], list)):
+            raise ValueError("frames, shards and groups do not go together")
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: corrupt ({error!r}); remove {folder} and prepare it again") from None
     if meta.get("version") != VERSION:
         raise UserError(f"{path}: prepared by another version of data.py ({meta.get('version')}, this one writes {VERSION}); remove {folder} and prepare it again")
@@ -1182,8 +1272,8 @@ def latents_folder(folder, vae_hash):
 
 def latents_meta(folder, vae_hash):
     try:
-        return json.loads((latents_folder(folder, vae_hash) / "meta.json").read_text())
-    except (OSError, ValueError):
+        return dict(json.loads((latents_folder(folder, vae_hash) / "meta.json").read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
@@ -1252,8 +1342,12 @@ def open_latents(folder, vae_hash):
     out, meta = latents_folder(folder, vae_hash), latents_meta(folder, vae_hash)
     if not latents_ready(folder, vae_hash):
         raise UserError(f"{out}: missing, or made from another set or by another VAE; remove it and let train.py write it again")
-    maps = tuple(Mapped(out, name, meta["lengths"], np.float16, meta["shape"]) for name in ("mean", "logvar"))
-    return tuple(x.check(f"remove {out} and let train.py write it again") for x in maps)
+    advice = f"remove {out} and let train.py write it again"
+    try:
+        maps = tuple(Mapped(out, name, meta["lengths"], np.float16, meta["shape"]) for name in ("mean", "logvar"))
+        return tuple(x.check(advice) for x in maps)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{out / 'meta.json'}: corrupt ({error!r}); {advice}") from None
 
 
 # ---- texts of training and the features that a frozen text tower makes of them
@@ -1539,6 +1633,8 @@ def main(argv=None):
     add["vsd2m"].add_argument("--root", required=True, help="folder that visual_path is relative to")
     add["vsd2m"].add_argument("--limit", type=int, help="use the first lines alone")
     add["folder"].add_argument("folder")
+    for name in ("vsd2m", "folder"):
+        add[name].add_argument("--allow-outside", action="store_true", help="read files outside the folder too, where paths or links lead there")
     add["synthetic"].add_argument("--n", type=int, default=64, help="stickers to draw")
     add["bench"].add_argument("--data", default="data/fluent")
     add["bench"].add_argument("--ingest", action="store_true", help="of preparing, not of training: needs the third package, --data names its neighbour")
@@ -1559,15 +1655,17 @@ def main(argv=None):
         parts = sorted(set(o.parts))
         source, jobs = " ".join(map(str, ["fluent", *parts])), lambda: fluent_jobs(parts, Path(o.out).parent / "npm")
     elif o.command == "vsd2m":
-        digest, total = survey(o.manifest, o.root, o.limit, check=not (part_of(o.out) / "blocks/job.json").is_file())
+        digest, total = survey(o.manifest, o.root, o.limit, o.allow_outside, check=not (part_of(o.out) / "blocks/job.json").is_file())
         source = f"vsd2m {o.manifest} {digest[:12]}" + (f", first {o.limit} lines" if o.limit else "")
-        jobs, read = lambda: vsd2m_lines(o.manifest, o.limit), functools.partial(vsd2m_job, o.manifest, o.root)
+        jobs, read = lambda: itertools.islice(numbered_lines(o.manifest), o.limit), functools.partial(vsd2m_job, o.manifest, o.root, o.allow_outside)
     elif o.command == "folder":
-        listed = list(folder_jobs(Path(o.folder)))
+        listed = list(folder_jobs(Path(o.folder), o.allow_outside))
         state = json.dumps([[j["file"], j["caption"], os.path.exists(j["source"]) and os.path.getmtime(j["source"])] for j in listed])
         source, jobs, total = f"folder {o.folder} {hashlib.sha256(state.encode()).hexdigest()[:12]}", lambda: listed, len(listed)
     else:
         source, jobs, total, read = f"synthetic {o.n}", lambda: synthetic_plans(o.n), o.n, synthetic_job
+    if getattr(o, "allow_outside", False):
+        source += ", files outside too"
     prepare(o.out, o.size, source, jobs, o.workers, o.most_frames, total, read)
 
 

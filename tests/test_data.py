@@ -880,7 +880,7 @@ def test_a_map_travels_as_its_name(synthetic):
     (lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace('"version": 2', '"version": 1')), "another version"),
     (lambda f: (f / "frames-00000.bin").write_bytes(b"123"), "frames-00000.bin"), (lambda f: (f / "frames-00000.bin").unlink(), "frames-00000.bin"),
     (lambda f: (f / "index.jsonl").write_text('{"a": 1}\n'), "index.jsonl"), (lambda f: (f / "index.npy").unlink(), "index.npy"),
-    (lambda f: (f / "index.npy").write_bytes(b"12"), "index.npy"), (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[1:]), "index.npy: 3 rows, 4"),
+    (lambda f: (f / "index.npy").write_bytes(b"12"), "index.npy"), (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[1:]), "index.npy.*3 rows, 4"),
     (lambda f: (f / "index.jsonl").unlink(), "index.jsonl")])
 def test_damaged_sets_are_named(tmp_path, damage, culprit):
     data.main(["synthetic", "--n", "4", "--out", str(tmp_path / "set"), "--size", "8", "--workers", "1"])
