@@ -848,7 +848,7 @@ def tar_stickers(path):
                     if match[1] in seen:
                         raise UserError(f"{path}: holds {member.name} twice; remove it and fetch it again")
                     seen.add(match[1])
-                    yield match[1], tar.extractfile(member).read(MOST_BYTES + 1)
+                    yield match[1], tar.extractfile(member).read(min(member.size, MOST_BYTES + 1))
                 tar.members.clear()              # or the heads of a million small members would stay
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
         raise UserError(f"{path}: a broken archive ({error}); remove it and fetch it again") from None

@@ -5,6 +5,7 @@
 fuzzes so many files made from real stickers (an archive, or a folder of WebP files) and prints a table; `make test` fuzzes fewer, made from drawn ones.
 """
 import argparse
+import functools
 import io
 import itertools
 import json
@@ -46,6 +47,7 @@ def script(code, *argv):
 SIZES = (0, 1, 2, 255, 4096, 4097, 16384, 65535, 2**24 - 1, 2**31 - 1, 2**32 - 1)
 
 
+@functools.lru_cache
 def bomb(megabytes):
     deflate = zlib.compressobj(9)
     return b"".join(deflate.compress(bytes(1 << 20)) for _ in range(megabytes)) + deflate.flush()
@@ -156,8 +158,8 @@ def webp_lie(content, rng):
     elif kind == "swap":
         j = rng.randrange(len(chunks))
         chunks[i], chunks[j] = chunks[j], chunks[i]
-    elif kind == "many":                                              # frames of the smallest kind, as many as 100,000
-        chunks += [min((c for c in chunks if c[0] == b"ANMF"), key=lambda c: len(c[1]), default=chunks[0])] * (1500 if rng.random() < 0.5 else 100_000)
+    elif kind == "many":                                              # frames of the smallest kind
+        chunks += [min((c for c in chunks if c[0] == b"ANMF"), key=lambda c: len(c[1]), default=chunks[0])] * rng.choice((500, 2500, 25_000))
     elif kind == "canvas" and chunks[0][0] == b"VP8X":
         side = rng.choice((4095, 4096, 16383))
         chunks[0] = b"VP8X", chunks[0][1][:4] + (side.to_bytes(3, "little")) * 2
@@ -196,9 +198,9 @@ def gif_lie(content, rng):
     elif kind == "delay":
         blocks = [put(put(b, 4, 2, rng.choice(SIZES), "little"), 3, 1, rng.randrange(256), "little") if b[:2] == b"!\xf9" else b for b in blocks]
     elif kind == "endless":
-        return head + b"".join(blocks[:i]) + blocks[i][:-1] + b"\x01\x00"[:1] * rng.choice((1, 10**6))
+        return head + b"".join(blocks[:i]) + blocks[i][:-1] + b"\1" * rng.choice((1, 10**6))
     elif kind == "many":
-        blocks = blocks[:i] + blocks[i:i + 1] * rng.choice((1000, 100_000 * 1000 // max(1000, len(blocks[i])))) + blocks[i:]
+        blocks = blocks[:i] + blocks[i:i + 1] * min(rng.choice((1000, 100_000)), 10**7 // len(blocks[i])) + blocks[i:]
     elif kind == "drop":
         del blocks[i]
     else:
@@ -327,34 +329,25 @@ def check_prepared(said, skipped, kept, good):
 def test_mutated_files_are_read_or_refused_with_a_reason(tmp_path):
     folder = tmp_path / "files"
     folder.mkdir()
-    said, noise, good = fuzz(folder, 160, 0)
+    said, noise, good = fuzz(folder, 100, 0)
     check_fuzz(said, noise, good)
     refused = Counter(s["file"].split(".")[1] for s in said if any(s["reasons"]))
-    assert all(10 <= refused[kind] < 40 for kind in LIES), refused                              # neither all nor none
+    assert all(6 <= refused[kind] < 25 for kind in LIES), refused                              # neither all nor none
     assert max(s["mb"] for s in said) > 60                            # a bomb was among them, or the measure is broken
     check_prepared(said, *prepare_all(folder, tmp_path / "set"), good)
 
 
-def giant(kind, side=4096, frames=14):
-    """A file of some hundred bytes whose canvas is as large as may be; of each frame one pixel changes."""
-    if kind == "gif":
-        palette, picture = bytes(6), b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
-        return b"GIF89a" + struct.pack("<HHBBB", side, side, 0x80, 0, 0) + palette + (b"!\xf9\x04\0\1\0\0\0" + picture) * frames + b";"
+def test_the_largest_allowed_file_stays_in_the_limits(tmp_path):
     dot = io.BytesIO()
     Image.new("RGBA", (1, 1), "red").save(dot, "WEBP", lossless=True)
-    frame = bytes(12) + (10).to_bytes(3, "little") + b"\0" + dot.getvalue()[12:]
-    return webp_of([(b"VP8X", bytes([18, 0, 0, 0]) + (side - 1).to_bytes(3, "little") * 2), (b"ANIM", bytes(6))] + [(b"ANMF", frame)] * frames)
-
-
-@pytest.mark.parametrize("kind, side, frames", [("gif", 4096, 14), ("webp", 4096, 14)])
-def test_the_largest_allowed_files_stay_in_the_limits(tmp_path, kind, side, frames):
-    (tmp_path / f"a.{kind}").write_bytes(giant(kind, side, frames))
-    (tmp_path / f"b.{kind}").write_bytes(giant(kind, side, frames + 1))
+    frame = b"ANMF", bytes(12) + (10).to_bytes(3, "little") + b"\0" + dot.getvalue()[12:]                 # of each frame one pixel changes
+    for frames in (14, 15):
+        (tmp_path / f"{frames}.webp").write_bytes(webp_of([(b"VP8X", bytes([18, 0, 0, 0]) + (4095).to_bytes(3, "little") * 2), (b"ANIM", bytes(6)), *[frame] * frames]))
     reader = Reader()
-    fits, over = (reader.read(tmp_path / f"{name}.{kind}") for name in "ab")
+    fits, over = (reader.read(tmp_path / f"{frames}.webp") for frames in (14, 15))
     reader.close()
     assert fits["reasons"] == ["", ""] and fits["seconds"] <= SECONDS_LIMIT and 900 <= fits["mb"] <= MB_LIMIT, fits
-    assert all(f"{frames + 1} frames of {side}x{side}" in reason for reason in over["reasons"]) and over["mb"] < 100, over
+    assert all("15 frames of 4096x4096" in reason for reason in over["reasons"]) and over["mb"] < 100, over
 
 
 def test_pipes_devices_and_huge_files_are_refused_before_they_are_opened(tmp_path):
