@@ -24,6 +24,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -82,19 +83,25 @@ class UserError(Exception):
 
 
 def run_cli(main):
-    """Run `main()`; what the user can put right becomes one line on stderr and exit code 2."""
+    """Run `main()`; what the user can put right becomes one line on stderr and exit code 2, and Ctrl-C one and 130."""
+    status = 2
     try:
         main()
     except UserError as error:
         message = str(error)
+    except KeyboardInterrupt:
+        message, status = "interrupted", 128 + signal.SIGINT
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"disk full: {error.filename or 'free some space'}"
+        elif error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        else:
             raise
-        message = f"disk full: {error.filename or 'free some space'}"
     else:
         return
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 HELD = weakref.WeakSet()                         # locks of this process; a worker closes them, or they would outlive their owner in it
@@ -104,7 +111,8 @@ os.register_at_fork(after_in_child=lambda: [lock.close() for lock in HELD])
 def hold(path, what, wait=False):
     """Lock the file `path`, made where it is missing -> the open file: held until that is closed or its process ends, however it ends.
 
-    UserError where another process has it, as that is writing `what`; with `wait` that is said and waited for. The owner may remove the file."""
+    UserError where another process has it, as that is writing `what`; with `wait` that is said and waited for. The owner may remove the file.
+    On a file system without locks a line says that nothing is held."""
     path = Path(path)
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +121,7 @@ def hold(path, what, wait=False):
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
                 break
     lock.truncate(0)
-    lock.write(str(os.getpid()))
+    lock.write(f"{os.getpid()} on {socket.gethostname()}")
     lock.flush()
     HELD.add(lock)
     return lock
@@ -129,6 +137,8 @@ def take_lock(lock, what, wait):
             raise UserError(f"{owner}; wait until it is done, or write somewhere else") from None
         print(f"{owner}: waiting for it", file=sys.stderr, flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:                     # some network file systems have no locks
+        print(f"{lock.name}: cannot be locked ({error.strerror}), so that nothing keeps a second process out", file=sys.stderr)
     return lock
 
 
@@ -620,13 +630,21 @@ def begin(part, wanted):
         path.unlink(missing_ok=True)
 
 
-def settle(temporary, path):
-    """Rename a written file to `path` when all of it is on the disk."""
+def settle(temporary, path, before=None):
+    """Rename a written file to `path` when all of it is on the disk, and its name too. before: what the file that was there is to be called."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
         if path.suffix == ".bin":                # read hours later: it must not push other things out of memory
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if before and path.exists():
+        os.rename(path, before)
     os.rename(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):       # some network file systems cannot
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def finished_blocks(part, size):
@@ -1101,7 +1119,10 @@ class Mapped:
 
     def map(self, number):
         folder, name, lengths, dtype, shape = self.made_of
-        return np.memmap(shard(folder, name, number), dtype, "r", shape=(int(lengths[number]), *shape))
+        try:
+            return np.memmap(shard(folder, name, number), dtype, "r", shape=(int(lengths[number]), *shape))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{shard(folder, name, number)}: was there and is not any more, or is shorter ({error}); put it back or prepare it again") from None
 
     def check(self, advice):
         """UserError with the advice where a file is missing or of the wrong length."""
@@ -1425,7 +1446,7 @@ class TextCache:
         keys = text_keys(texts)
         self.folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(keys.tobytes()).hexdigest()[:16]       # two runs at once write the same files
-        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+        with self.sweep(), tempfile.TemporaryDirectory(dir=self.folder) as temporary:
             rows, named = (Path(temporary) / f"{name}.{kind}" for kind in ("bin", "npy"))
             with open(rows, "wb") as file:
                 for x in batches:
@@ -1435,6 +1456,17 @@ class TextCache:
             np.save(named, keys)
             settle(rows, self.folder / rows.name)
             settle(named, self.folder / named.name)
+
+    @contextlib.contextmanager
+    def sweep(self):
+        """Remove what killed processes left half-written, unless somebody writes now; nobody removes what is written inside."""
+        with open(self.folder / "lock", "a") as lock:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in self.folder.glob("tmp*"):
+                    shutil.rmtree(left)
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
 
     def __getitem__(self, texts):
         """List of B texts -> features (B, 77, width) float32."""

@@ -10,6 +10,8 @@
 A run folder holds config.json, log.jsonl, state.pt (all that resuming needs), state.prev.pt (the one before) and
 model.safetensors (EMA weights, configuration in the metadata: what one shares). A loss or gradient that is not finite stops the run and
 leaves bad-step-N.pt, the weights before step N and all processes' samples as the network got them; there is one such file, the newest.
+While a process trains there, `lock` names it. SIGTERM and Ctrl-C save and end with status 143 and 130, a second Ctrl-C ends at once; bad input and
+full disks end with one line and 2.
 
 Every random draw of global sample n of step s is a function of (seed, s, n) alone: a resumed run equals an uninterrupted one bit
 for bit, as does the same command started again on the same machine, in float32 and in bf16, and N ranks see exactly the draws of one.
@@ -29,7 +31,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -45,11 +47,14 @@ from tqdm import tqdm
 
 from curriculum import Curriculum
 from data import (TASKS, ClipDataset, StepSampler, StickerSet, StickerTexts, TextCache, UserError, cond_mask, even_frames, fit_task, latents_ready,
-                  open_latents, rng_for, run_cli, text_for, to_tensor, tokenize, write_latents)
+                  hold, open_latents, rng_for, run_cli, settle, text_for, to_tensor, tokenize, write_latents)
 from model import PRESETS, RDTF, SD_PARTS, SD_SCALE, SD_VAE, TOWER_PARTS, VAE, Config, Layer, TextTower, count, sd_vae_weights, tower_weights, visible
 
 
 COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
+STOPPING = signal.SIGTERM, signal.SIGINT  # save, then end
+MAY_CHANGE = {"workers", "log_every", "save_every", "out", "accumulate", "checkpointing", "zero", "compile", "ema_device", "dry_run", "replay",
+              "data", "vae", "clip_weights", "clip_model", "precision"}   # when a run goes on; of the last five what they stand for must be the same
 
 
 @dataclass
@@ -160,13 +165,41 @@ def gather(values, world):
     return torch.cat(parts)
 
 
-def write_atomically(path, write):
-    """write(temporary path), then fsync and rename: a reader sees the old file or the whole new one."""
+def together(work, world):
+    """Every rank does its part of the work. Where one cannot, all end: in the next step the others would wait for it."""
+    error = None
+    try:
+        work()
+    except (UserError, OSError) as failure:
+        error = failure
+        if world > 1:                            # said at once: torchrun ends all ranks when the first of them ends
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    if gather(torch.tensor([float(error is not None)]), world).any():
+        raise error if world == 1 else SystemExit(2)
+
+
+@contextmanager
+def writing(path):
+    """What goes wrong in writing a file becomes a sentence."""
+    from safetensors import SafetensorError
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:       # a full disk is another error to each library
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error      # torch.save's own says nothing
+        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        raise UserError(f"{path}: cannot be written ({reason}); what was there before stays, the same command goes on from it") from None
+
+
+def write_atomically(path, write, before=None):
+    """write(temporary path), then settle it: a reader sees the old file, which stays where that fails, or the whole new one. before: the old one's new name."""
     temporary = Path(f"{path}.tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            write(temporary)
+            settle(temporary, Path(path), before)
+        except BaseException:
+            temporary.unlink(missing_ok=True)                       # on a full disk it is in the way
+            raise
 
 
 def file_hash(path):
@@ -510,19 +543,22 @@ def training_set(config, preset):
 
 
 class VAEStage:
-    """What the loop needs: the network, a step's losses, and what is written with a checkpoint.
+    """What the loop needs: the network, a step's losses, and what is written with a checkpoint. Made quickly, or refused; what is slow comes in prepare.
 
     fresh: nothing was saved yet, so what the network begins from is worked out; a checkpoint holds it."""
     kind = "vae"
 
-    def __init__(self, config, preset, rank, world, device, fresh):
+    def __init__(self, config, preset, rank, world, device):
         self.config, self.preset, self.rank, self.world, self.device = config, preset, rank, world, device
         self.stickers = training_set(config, preset)
         self.inputs = dict(data=self.stickers.meta["hash"])
+
+    def prepare(self, fresh):
+        config, preset = self.config, self.preset
         self.net = VAE(preset.vae)
         if fresh and preset.vae.shortcut:
             self.net.start_shortcut(self.net.images(torch.stack([draw_image(self.stickers, config, 0, n)[0] for n in range(256)])))
-        self.net.to(device)
+        self.net.to(self.device)
 
     def batches(self, start):
         for step, keys in enumerate(StepSampler(self.config.batch, start, self.config.steps, self.rank, self.world), start):
@@ -604,15 +640,24 @@ def step_frames(config, step, T):
     return (int(rng.integers(3, T + 1)) if config.frames == "step" else T), 1
 
 
-def ignore_sigterm(_):
-    """A SIGTERM to the whole process group must leave the loaders to the main process, which saves first."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_signals(_):
+    """A SIGTERM or Ctrl-C to the whole process group must leave the loaders to the main process, which saves first."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def sentences(loader):
+    """What the loader yields. What a loader process could not read is told as in the main process: torch puts a traceback before it."""
+    try:
+        yield from loader
+    except UserError as error:
+        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
 
 
 class DFGNStage:
     kind = "dfgn"
 
-    def __init__(self, config, preset, rank, world, device, fresh):
+    def __init__(self, config, preset, rank, world, device):
         self.config, self.preset, self.rank, self.world, self.device = config, preset, rank, world, device
         self.tower = self.texts = None
         if preset.text.kind == "open_clip":
@@ -623,20 +668,19 @@ class DFGNStage:
             raise UserError(f"--clip-weights {config.clip_weights}: preset {preset.name} trains a text encoder of its own; leave the option out, or add --set text.kind=open_clip")
         if config.text_variants < 1:
             raise UserError(f"--text-variants {config.text_variants}: must be at least 1")
-        vae, self.vae_meta = load_model(config.vae, "vae")
+        self.vae, self.vae_meta = load_model(config.vae, "vae")
         free = dict(size=preset.vae.size, kl_weight=preset.vae.kl_weight) if self.vae_meta.get("any_size") else {}
-        if {**asdict(vae.config), **free} != asdict(preset.vae):
-            raise UserError(f"--vae {config.vae}: trained as {vae.config}, preset {preset.name} wants {preset.vae}")
+        if {**asdict(self.vae.config), **free} != asdict(preset.vae):
+            raise UserError(f"--vae {config.vae}: trained as {self.vae.config}, preset {preset.name} wants {preset.vae}")
         self.vae_hash = file_hash(config.vae)
         self.stickers = training_set(config, preset)
         self.inputs = dict(data=self.stickers.meta["hash"], vae=self.vae_hash, **(dict(clip_weights=self.tower["hash"]) if self.tower else {}))
-        if rank == 0 and not latents_ready(config.data, self.vae_hash):
-            cache_latents(vae.to(device), self.vae_hash, config.data, world)
-        if world > 1:
-            dist.barrier()
+
+    def prepare(self, fresh):
+        config, preset = self.config, self.preset
+        together(self.prepare_latents, self.world)
         if not latents_ready(config.data, self.vae_hash):
-            raise UserError(f"--data {config.data}: rank {rank} does not see the latents that rank 0 wrote there; all nodes must share this folder")
-        self.vae = vae.cpu()
+            raise UserError(f"--data {config.data}: rank {self.rank} does not see the latents that rank 0 wrote there; all nodes must share this folder")
         if self.tower:
             self.prepare_texts()
         self.net = RDTF(preset)
@@ -645,7 +689,12 @@ class DFGNStage:
             self.fit_pictures()
         if fresh and preset.dfgn.gate:
             self.measure_data()
-        self.net.to(device)
+        self.net.to(self.device)
+
+    def prepare_latents(self):
+        if self.rank == 0 and not latents_ready(self.config.data, self.vae_hash):
+            cache_latents(self.vae.to(self.device), self.vae_hash, self.config.data, self.world)
+            self.vae.cpu()
 
     def prepare_texts(self):
         """Open the cache of the tower's features; encode what it lacks, after which the tower is not in memory any more."""
@@ -660,9 +709,8 @@ class DFGNStage:
         if self.world > 1:
             dist.barrier()  # all ranks must have seen the same texts missing
         if len(places):
-            cache_texts(load_tower(c.clip_weights, c.clip_model).to(self.device), self.features, self.texts, places, self.rank, self.world, self.device)
-        if self.world > 1:
-            dist.barrier()
+            tower = load_tower(c.clip_weights, c.clip_model).to(self.device)
+            together(lambda: cache_texts(tower, self.features, self.texts, places, self.rank, self.world, self.device), self.world)
         self.features.open()
 
     def read(self, texts):
@@ -702,8 +750,8 @@ class DFGNStage:
     def batches(self, start):
         c, sampler = self.config, self.keys(start, self.config.steps, self.rank, self.world)
         loader = torch.utils.data.DataLoader(self.clips(), batch_sampler=sampler, num_workers=c.workers, collate_fn=list,
-                                             multiprocessing_context="fork" if c.workers else None, worker_init_fn=ignore_sigterm)
-        for step, items in zip(range(start, c.steps), loader):
+                                             multiprocessing_context="fork" if c.workers else None, worker_init_fn=ignore_signals)
+        for step, items in zip(range(start, c.steps), sentences(loader)):
             yield step, self.collate(step, items, self.curriculum.probabilities(step))
 
     def collate(self, step, items, p):
@@ -787,6 +835,14 @@ def average(c, ema, weights, share):
         ema[k].copy_(ema[k].to(w.device, non_blocking=True).lerp_(w.detach(), share), non_blocking=True)
 
 
+def write_state(run, state):
+    """Write state.pt; the one that was there becomes state.prev.pt when the new one is whole."""
+    def write(path):
+        with open(path, "wb") as file:           # as a Python file: what fails in it has a reason
+            torch.save(state, file)
+    write_atomically(run / "state.pt", write, before=run / "state.prev.pt")
+
+
 def read_state(run):
     """The newest checkpoint that can be read; None if there is none yet."""
     names = [name for name in ("state.pt", "state.prev.pt") if (run / name).is_file()]
@@ -821,19 +877,31 @@ def flat(tree, prefix=""):
             (flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}).items()}
 
 
-def check_same_config(run, config, preset):
-    """Resuming must not change what is trained; how it is watched may change. Returns the hashes of what it was started with."""
-    free = {"workers", "log_every", "save_every", "out", "accumulate", "checkpointing", "zero", "compile", "ema_device", "dry_run"}
-    old = json.loads((run / "config.json").read_text())
-    started = {**asdict(TrainConfig()), **old["train"]}  # a field that is newer than the run had its default
+def option(name):
+    return "--" + name.replace("_", "-")
+
+
+def check_same_config(run, config, preset, precision, world):
+    """Resuming must not change what is trained; how, where and from which copy may change. Returns the hashes of what it was started with, and what changed."""
+    try:
+        old = json.loads((run / "config.json").read_text())
+        started, model, inputs, was = old["train"], flat(old["model"]), old["inputs"], old["precision"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run / 'config.json'}: missing or corrupt ({error}), so that nobody knows what was trained here; put it back, or name another --out") from None
+    if precision != was:
+        raise UserError(f"--precision {config.precision}: {precision} here, {run} was started in {was}; go on with --precision {was}, or name another --out")
+    started, changed = {**asdict(TrainConfig()), **started}, []  # a field that is newer than the run had its default
     for key, value in asdict(config).items():
-        if key not in free and started[key] != value:
-            raise UserError(f"--{key.replace('_', '-')} {value}: {run} was started with {started[key]}; go on with that, or name another --out")
-    before = flat(old["model"])
+        if key not in MAY_CHANGE and started[key] != value:
+            raise UserError(f"{option(key)} {value}: {run} was started with {started[key]}; go on with that, or name another --out")
+        if started[key] != value and key not in ("out", "precision", "dry_run", "replay"):
+            changed.append(f"{option(key)} {value} instead of {started[key]}")
+    if old.get("world", world) != world:
+        changed.append(f"{world} process{'es' * (world > 1)} instead of {old['world']}")
     for name, value in flat(json.loads(json.dumps(preset.to_dict()))).items():
-        if before.get(name) != value:
-            raise UserError(f"{run}: started when {name} was {before.get(name)}, it is {value} now; name another --out")
-    return old["inputs"]
+        if model.get(name) != value:
+            raise UserError(f"{run}: started when {name} was {model.get(name)}, it is {value} now; name another --out")
+    return inputs, changed
 
 
 def check_options(config):
@@ -871,6 +939,28 @@ def step_of(line):
     return step if isinstance(step, int) else None
 
 
+def has_state(run):
+    return any((run / name).is_file() for name in ("state.pt", "state.prev.pt"))
+
+
+def own(run, held):
+    """Keep other processes out of the run folder until `held` is closed or this one ends, and remove what a killed one left half-written."""
+    try:
+        held.enter_context(hold(run / "lock", f"--out {run}"))
+    except OSError as error:
+        raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
+    held.callback(leave, run)
+    for left in run.glob("*.tmp"):
+        left.unlink()
+
+
+def leave(run):
+    """Remove the lock while it is held, and the folder if nothing came into it."""
+    with suppress(OSError):
+        (run / "lock").unlink()
+        run.rmdir()
+
+
 def cut_log(path, step):
     """Drop log lines after the checkpoint: those steps are run again."""
     if path.is_file():
@@ -878,21 +968,43 @@ def cut_log(path, step):
         write_atomically(path, lambda p: p.write_text("".join(line + "\n" for line in lines)))
 
 
-def train(config):
-    """Train a stage to its end, or to a SIGTERM, which saves first."""
+def append(path, line):
+    with writing(path), open(path, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def note_signals(held):
+    """List of the signals to stop that come from now on, until `held` is closed; after one, Ctrl-C ends the process at once."""
+    came = []
+
+    def note(number, _):
+        came.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in STOPPING:
+        held.callback(signal.signal, number, signal.signal(number, note))
+    return came
+
+
+def train(config, held):
+    """Train a stage to its end, or to a SIGTERM or Ctrl-C, which save first; then the exit status is 143 or 130. held: ExitStack of what ends with the run."""
     check_options(config)
     run = Path(config.out or f"runs/{config.stage}")
+    log = run / "log.jsonl"
     preset = resolve_config(config.preset, config.set)
     rank, world, device = setup()
     check_shares(config, world)
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
-    started = any((run / name).is_file() for name in ("state.pt", "state.prev.pt"))
-    before = check_same_config(run, config, preset) if started else {}
-    stage = STAGES[config.stage](config, preset, rank, world, device, fresh=not started)
+    started = has_state(run)
+    before, changed = check_same_config(run, config, preset, precision, world) if started else ({}, [])
+    stage = STAGES[config.stage](config, preset, rank, world, device)
     for key, value in before.items():
         if stage.inputs[key] != value:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(config, key)}: not what {run} was started with (hash {stage.inputs[key][:12]}, was {value[:12]}); name another --out")
+            raise UserError(f"{option(key)} {getattr(config, key)}: not what {run} was started with (hash {stage.inputs[key][:12]}, was {value[:12]}); name another --out")
+    together(lambda: rank == 0 and own(run, held), world)
+    if has_state(run) != started:
+        raise UserError(f"--out {run}: another process wrote there meanwhile; start again")
+    stage.prepare(fresh=not started)
     net = stage.net
     if config.checkpointing:
         net.dfgn.checkpointing = True
@@ -918,28 +1030,33 @@ def train(config):
         for k, v in ema.items():
             v.copy_(state["ema"][k])
     del state  # four times the weights
-    if rank == 0:
-        run.mkdir(parents=True, exist_ok=True)
-        cut_log(run / "log.jsonl", start)
-        config_text = json.dumps(dict(train=asdict(config), model=preset.to_dict(), inputs=stage.inputs, precision=precision), indent=1)
+    if changed and rank == 0:
+        print(f"{run}: goes on behind step {start} with {', '.join(changed)}")
+
+    def begin():
+        cut_log(log, start)
+        config_text = json.dumps(dict(train=asdict(config), model=preset.to_dict(), inputs=stage.inputs, precision=precision, world=world), indent=1)
         write_atomically(run / "config.json", lambda p: p.write_text(config_text))
+
+    def write(step):
+        if log.is_file():
+            with writing(log), open(log) as file:
+                os.fsync(file.fileno())  # the checkpoint says that these lines are there
+        weights, extra = stage.finish(ema)
+        save_model(run / "model.safetensors", weights, kind=stage.kind, config=preset.to_dict(), step=step, **extra)
+        state = dict(step=step, net=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), window=window.sums,
+                     curriculum=curriculum.state_dict() if curriculum else None)
+        write_state(run, state)  # last: a run is done when its state says so
 
     def save(step):
         if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.consolidate_state_dict()
         if device.type == "cuda":
             torch.cuda.synchronize()  # copies into host memory may be on their way
-        if rank == 0:
-            weights, extra = stage.finish(ema)
-            save_model(run / "model.safetensors", weights, kind=stage.kind, config=preset.to_dict(), step=step, **extra)
-            state = dict(step=step, net=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), window=window.sums,
-                         curriculum=curriculum.state_dict() if curriculum else None)
-            if (run / "state.pt").is_file():
-                os.replace(run / "state.pt", run / "state.prev.pt")
-            write_atomically(run / "state.pt", lambda p: torch.save(state, p))  # last: a run is done when its state says so
+        together(lambda: rank == 0 and write(step), world)
 
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    together(lambda: rank == 0 and begin(), world)
+    stop = note_signals(held)
     ddp = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net  # buffers never change
     bar = tqdm(total=config.steps, initial=start, desc=f"{config.stage} ({precision}, {world} x {torch.get_num_threads()} threads)",
                disable=rank > 0, mininterval=5)
@@ -956,7 +1073,7 @@ def train(config):
             parts.append((losses.detach(), tags))
         norm = float(torch.nn.utils.clip_grad_norm_(net.parameters(), config.grad_clip))
         losses, tags = torch.cat([a for a, _ in parts]).cpu().float(), torch.cat([b for _, b in parts], 1)
-        shared = [gather(row, world) for row in (losses, *tags, torch.tensor([float(bool(stop))]))]
+        shared = [gather(row, world) for row in (losses, *tags, torch.tensor([float(max(stop, default=0))]))]
         all_losses, tasks, deciles, stops = (row.numpy() for row in shared)
         if not (math.isfinite(norm) and np.isfinite(all_losses).all()):
             raise bad_step(run, stage, step, batch, all_losses, norm, precision)
@@ -987,16 +1104,17 @@ def train(config):
                 line = dict(step=done, loss=window.means("loss")[""], grad_norm=window.means("norm")[""], lr=learning_rate(config, step), **extra,
                             tasks=window.means("task "), deciles=window.means("decile "), clips_per_s=round(rate, 2), cpu_s=round(time.process_time() - cpu, 2),
                             peak_mb=round(memory))
-                with open(run / "log.jsonl", "a") as file:
-                    file.write(json.dumps(line) + "\n")
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:.1f} clips/s")
+            together(lambda: rank == 0 and append(log, line), world)
             window, seen, since, cpu = Window(), 0, time.perf_counter(), time.process_time()
-        stopping = bool(stops.any())
+        stopping = int(stops.max()) if done < config.steps else 0
         if done % config.save_every == 0 or done == config.steps or stopping:
             save(done)
             since = time.perf_counter() if seen == 0 else since
         if stopping:
-            return rank == 0 and print(f"{run}: stopped by SIGTERM after step {done}; the same command goes on")
+            if rank == 0:
+                print(f"{run}: stopped by {signal.Signals(stopping).name} after step {done}, which is saved; the same command goes on")
+            raise SystemExit(128 + stopping)
 
 
 # ------------------------------------------------------------------------------------------------ steps that are not finite
@@ -1017,8 +1135,8 @@ def keep_step(path, **step):
         for old in {*path.parent.glob("bad-step-*.pt")} - {path}:
             old.unlink()
         write_atomically(path, lambda p: torch.save(step, p))
-    except OSError as error:                                     # of two misfortunes the first is to be told
-        return f"{path} could not be written ({error.strerror})"
+    except (OSError, UserError) as error:                        # of two misfortunes the first is to be told
+        return str(error)
     return f"`python train.py --replay {path}` computes it alone"
 
 
@@ -1292,7 +1410,12 @@ def parse(argv=None, before=()):
 def main(argv=None):
     config = parse(argv)
     try:
-        replay(config.replay, argv) if config.replay else dry_run(config) if config.dry_run else train(config)
+        with ExitStack() as held:
+            replay(config.replay, argv) if config.replay else dry_run(config) if config.dry_run else train(config, held)
+    except RuntimeError as error:                # comes from a signal handler of torch's, anywhere
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(f"--workers: {str(error).splitlines()[0]} The same command goes on from the last checkpoint") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

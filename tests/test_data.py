@@ -618,7 +618,7 @@ def test_an_interrupted_run_of_something_else_is_refused(manifest, tmp_path, cap
         (manifest / "m.jsonl").write_text(plain)
     assert "interrupted run of something else" in line and "remove it" in line
     with data.hold(tmp_path / ".set.part/blocks/lock", "set"):
-        assert f"set is being written by process {os.getpid()};" in refused(capsys, *vsd2m(manifest, tmp_path / "set"))
+        assert f"set is being written by process {os.getpid()} on " in refused(capsys, *vsd2m(manifest, tmp_path / "set"))
     data.main(vsd2m(manifest, tmp_path / "set"))
     assert "going on behind 96 stickers" in capsys.readouterr().out
 

@@ -14,6 +14,7 @@ import random
 import select
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -540,10 +541,10 @@ def test_a_lock_names_its_owner_and_ends_with_it_though_its_worker_lives(tmp_pat
     worker = int(owner.stdout.readline())
     try:
         for _ in range(2):
-            with pytest.raises(UserError, match=f"^the run is being written by process {owner.pid}; wait"):
+            with pytest.raises(UserError, match=rf"^the run is being written by process {owner.pid} on \S+; wait"):
                 data.hold(path, "the run")
         waiting = script(TAKE + "print('mine')", path)
-        assert waiting.stderr.readline() == f"the run is being written by process {owner.pid}: waiting for it\n"
+        assert waiting.stderr.readline() == f"the run is being written by process {owner.pid} on {socket.gethostname()}: waiting for it\n"
         owner.kill()
         owner.wait()
         assert waiting.communicate(timeout=30)[0] == "mine\n"
@@ -579,7 +580,7 @@ def test_two_processes_on_one_set(tmp_path, capsys):
     while not list(tmp_path.glob(".set.part/blocks/block-*.jsonl")):
         assert first.poll() is None
         time.sleep(0.01)
-    with pytest.raises(UserError, match=f"set is being written by process {first.pid};"):
+    with pytest.raises(UserError, match=f"set is being written by process {first.pid} on "):
         data.main(argv)
     first.kill()
     first.wait()
@@ -616,7 +617,7 @@ def test_two_processes_on_one_cache_of_latents(stickers16, tmp_path):
     assert first.stdout.readline() == "0\n"
     others = [script(ENCODE, tmp_path / "set", -1) for _ in range(2)]
     for other in others:
-        assert f"is being written by process {first.pid}: waiting" in other.stderr.readline()
+        assert f"is being written by process {first.pid} on {socket.gethostname()}: waiting" in other.stderr.readline()
     while len(list(tmp_path.glob("set/.latents-*.part/logvar-*.bin"))) < 2:
         assert first.poll() is None
         time.sleep(0.01)
