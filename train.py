@@ -648,10 +648,14 @@ def ignore_signals(_):
 
 def sentences(loader):
     """What the loader yields. What a loader process could not read is told as in the main process: torch puts a traceback before it."""
+    batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except UserError as error:
         raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+    finally:
+        if loader.num_workers:
+            batches._shutdown_workers()          # the error keeps hold of them, and Python's exit would wait for ever: they ignore SIGTERM
 
 
 class DFGNStage:
@@ -1061,7 +1065,9 @@ def train(config, held):
     bar = tqdm(total=config.steps, initial=start, desc=f"{config.stage} ({precision}, {world} x {torch.get_num_threads()} threads)",
                disable=rank > 0, mininterval=5)
     seen, since, cpu = 0, time.perf_counter(), time.process_time()
-    for step, batch in stage.batches(start):
+    batches = stage.batches(start)
+    held.callback(batches.close)  # ends its loader processes
+    for step, batch in batches:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         micro, parts = micro_batches(batch, config.accumulate), []
