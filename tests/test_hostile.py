@@ -549,7 +549,7 @@ def test_a_lock_names_its_owner_and_ends_with_it_though_its_worker_lives(tmp_pat
         owner.wait()
         assert waiting.communicate(timeout=30)[0] == "mine\n"
         lock = data.hold(path, "the run")
-        assert path.read_text() == str(os.getpid())
+        assert path.read_text() == f"{os.getpid()} on {socket.gethostname()}"
         lock.close()
         data.hold(path, "the run").close()
     finally:
@@ -564,7 +564,7 @@ def test_a_lock_whose_folder_was_removed_is_taken_anew(tmp_path):
     shutil.rmtree(path.parent)
     lock.close()
     assert waiting.stdout.readline() == "mine\n"
-    with pytest.raises(UserError, match=f"written by process {waiting.pid};"):
+    with pytest.raises(UserError, match=f"written by process {waiting.pid} on "):
         data.hold(path, "the run")
     waiting.kill()
 
