@@ -148,7 +148,7 @@ def scale(rounds=3):
               + f"; time grows as their number to the power {torch.log(torch.tensor(times[-1] / times[0])) / torch.log(torch.tensor(4.)):.2f}")
     a, b = (gflop(SMALL, 1, T, 16) / T for T in (8, 32))
     square = (b - a) / 24                        # GFLOP = linear * T + square * T ** 2: attention over folded frames, and over time
-    print(f"work: {a - 8 * square:.2f} T + {square:.4f} T^2 GFLOP, so attention over folded frames is {100 * 8 * square / a:.1f} % of it at 8 frames, "
+    print(f"work: {a - 8 * square:.2f} T + {square:.4f} T^2 GFLOP, so attention over time and folded frames is {100 * 8 * square / a:.1f} % of it at 8 frames, "
           f"{100 * 32 * square / b:.1f} % at 32, and half of it from {(a - 8 * square) / square:.0f} frames on")
 
 

@@ -73,7 +73,7 @@ class TrainConfig:
     batch: int = 4                        # global batch: clips (dfgn) or images (vae); a step of stills takes T times as many
     accumulate: int = 1                   # micro-batches that a process cuts its share of the batch into, one after another in memory
     checkpointing: bool = False           # dfgn: keep the layers' inputs alone and compute the layers again in the backward pass
-    zero: bool = False                    # ZeRO-1: each process keeps its share of the optimiser's state
+    zero: bool = False                    # ZeRO-1: each of several processes keeps its share of the optimiser's state
     compile: bool = False                 # torch.compile the network: minutes at the start, faster steps on a GPU
     lr: float = 1e-3                      # peak learning rate
     lr_schedule: str = "cosine"           # cosine (to zero), constant
@@ -670,8 +670,6 @@ class DFGNStage:
             self.tower = name_tower(config.clip_weights, config.clip_model, preset.text.width)
         elif config.clip_weights:
             raise UserError(f"--clip-weights {config.clip_weights}: preset {preset.name} trains a text encoder of its own; leave the option out, or add --set text.kind=open_clip")
-        if config.text_variants < 1:
-            raise UserError(f"--text-variants {config.text_variants}: must be at least 1")
         self.vae, self.vae_meta = load_model(config.vae, "vae")
         free = dict(size=preset.vae.size, kl_weight=preset.vae.kl_weight) if self.vae_meta.get("any_size") else {}
         if {**asdict(self.vae.config), **free} != asdict(preset.vae):
@@ -914,18 +912,19 @@ def check_options(config):
                  ema_device=("same", "cpu"))
     for name, allowed in words.items():
         if getattr(config, name) not in allowed:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: choose one of {', '.join(allowed)}")
+            raise UserError(f"{option(name)} {getattr(config, name)}: choose one of {', '.join(allowed)}")
     for task in config.tasks:
         if task not in TASKS:
             raise UserError(f"--tasks {task}: choose from {', '.join(TASKS)}")
     for name in ("still_share", "still_first", "word_dropout", "keywords", "text_drop", "cond_drop", "both_drop"):
         if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: a share is 0 to 1")
-    if config.checkpointing and config.stage == "vae":
-        raise UserError("--checkpointing: for the dfgn stage alone; leave it out")
-    for name, least in dict(steps=1, batch=1, accumulate=1, log_every=1, save_every=1, seed=0).items():
+            raise UserError(f"{option(name)} {getattr(config, name)}: a share is 0 to 1")
+    for name in ("checkpointing", "clip_weights"):
+        if getattr(config, name) and config.stage == "vae":
+            raise UserError(f"{option(name)}: for the dfgn stage alone; leave it out")
+    for name, least in dict(steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, seed=0).items():
         if getattr(config, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least {least}")
+            raise UserError(f"{option(name)} {getattr(config, name)}: must be at least {least}")
 
 
 def check_shares(config, world):
@@ -1053,18 +1052,21 @@ def train(config, held):
         write_state(run, state)  # last: a run is done when its state says so
 
     def save(step):
+        nonlocal saving
+        began = time.perf_counter()
         if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.consolidate_state_dict()
         if device.type == "cuda":
             torch.cuda.synchronize()  # copies into host memory may be on their way
         together(lambda: rank == 0 and write(step), world)
+        saving += time.perf_counter() - began
 
     together(lambda: rank == 0 and begin(), world)
     stop = note_signals(held)
     ddp = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net  # buffers never change
     bar = tqdm(total=config.steps, initial=start, desc=f"{config.stage} ({precision}, {world} x {torch.get_num_threads()} threads)",
                disable=rank > 0, mininterval=5)
-    seen, since, cpu = 0, time.perf_counter(), time.process_time()
+    seen, since, cpu, saving = 0, time.perf_counter(), time.process_time(), 0.0
     batches = stage.batches(start)
     held.callback(batches.close)  # ends its loader processes
     for step, batch in batches:
@@ -1109,10 +1111,10 @@ def train(config, held):
                     memory = torch.cuda.max_memory_allocated() / 2 ** 20
                 line = dict(step=done, loss=window.means("loss")[""], grad_norm=window.means("norm")[""], lr=learning_rate(config, step), **extra,
                             tasks=window.means("task "), deciles=window.means("decile "), clips_per_s=round(rate, 2), cpu_s=round(time.process_time() - cpu, 2),
-                            peak_mb=round(memory))
+                            save_s=round(saving, 3), peak_mb=round(memory))
                 bar.set_postfix_str(f"loss {line['loss']:.4f}, {rate:.1f} clips/s")
             together(lambda: rank == 0 and append(log, line), world)
-            window, seen, since, cpu = Window(), 0, time.perf_counter(), time.process_time()
+            window, seen, since, cpu, saving = Window(), 0, time.perf_counter(), time.process_time(), 0.0
         stopping = int(stops.max()) if done < config.steps else 0
         if done % config.save_every == 0 or done == config.steps or stopping:
             save(done)
@@ -1271,7 +1273,7 @@ def replay(path, argv):
     config = parse(argv, step["train"])
     for name, value in asdict(config).items():
         if name not in ("replay", "precision", "accumulate", "checkpointing") and value != step["train"].get(name, value):
-            raise UserError(f"--{name.replace('_', '-')} {value}: --replay computes the step that was; --precision, --accumulate and --checkpointing may change")
+            raise UserError(f"{option(name)} {value}: --replay computes the step that was; --precision, --accumulate and --checkpointing may change")
     check_options(config)
     _, world, device = setup()
     if world > 1:
@@ -1409,7 +1411,7 @@ def parse(argv=None, before=()):
         kind = dict(nargs="*") if isinstance(default, list) else dict(type=type(default))
         if isinstance(default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
-        parser.add_argument("--" + f.name.replace("_", "-"), default=default, help=f"{helps.get(f.name, '')} (default: {default})".replace("%", "%%"), **kind)
+        parser.add_argument(option(f.name), default=default, help=f"{helps.get(f.name, '')} (default: {default})".replace("%", "%%"), **kind)
     return TrainConfig(**vars(parser.parse_args(argv, argparse.Namespace(**dict(before)))))
 
 

@@ -37,7 +37,7 @@ def state_of(run):
     return torch.load(Path(run) / "state.pt", weights_only=True)
 
 
-def log_of(run, free=("clips_per_s", "cpu_s", "peak_mb")):
+def log_of(run, free=("clips_per_s", "cpu_s", "save_s", "peak_mb")):
     return [{k: v for k, v in json.loads(line).items() if k not in free} for line in (Path(run) / "log.jsonl").read_text().splitlines()]
 
 
@@ -92,10 +92,11 @@ def test_log_lines(tiny_dfgn, tiny_vae):
     lines = [json.loads(line) for line in (tiny_dfgn / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6, 7]
     for line in lines:
-        assert set(line) == {"step", "loss", "grad_norm", "lr", "entropy", "r", "tasks", "deciles", "clips_per_s", "cpu_s", "peak_mb"}
+        assert set(line) == {"step", "loss", "grad_norm", "lr", "entropy", "r", "tasks", "deciles", "clips_per_s", "cpu_s", "save_s", "peak_mb"}
         assert set(line["tasks"]) <= set(TASKS) and set(line["deciles"]) <= set("0123456789") and line["tasks"] and line["deciles"]
         assert line["loss"] > 0 and line["grad_norm"] > 0 and 0.3 < line["entropy"] < 1 and line["clips_per_s"] > 0 and line["cpu_s"] > 0 and line["peak_mb"] > 50
         assert min(line["tasks"].values()) <= line["loss"] + 1e-4 and max(line["tasks"].values()) >= line["loss"] - 1e-4
+    assert [line["save_s"] > 0 for line in lines] == [False, False, True, False]                 # after step 4
     vae = [json.loads(line) for line in (tiny_vae / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in vae] == [2, 4] and {"loss", "grad_norm", "lr", "clips_per_s", "cpu_s", "peak_mb"} <= set(vae[0])
 
