@@ -1144,7 +1144,7 @@ def keep_step(path, **step):
             old.unlink()
         write_atomically(path, lambda p: torch.save(step, p))
     except (OSError, UserError) as error:                        # of two misfortunes the first is to be told
-        return str(error)
+        return str(error).partition("; ")[0]
     return f"`python train.py --replay {path}` computes it alone"
 
 

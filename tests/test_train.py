@@ -948,7 +948,7 @@ def test_a_disk_that_is_full_hides_no_bad_step(dfgn_argv, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(train.DFGNStage, "collate", poisoned(train.DFGNStage.collate, 0, torch.nan, step=0))
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(UserError, match=r"loss is not finite at step 0 .*bad-step-000000.pt cannot be written \(No space left on device\)"):
+    with pytest.raises(UserError, match=r"loss is not finite at step 0 .*bad-step-000000.pt: cannot be written \(No space left on device\)"):
         run_train(*options(dfgn_argv, steps=3, out=tmp_path / "run"))
 
 
