@@ -6,7 +6,7 @@ PROMPTS := "angry face" "crying face" "sleeping face" "robot" "white heart" "clo
 GROUPS := smileys-emotion animals-nature people-body travel-places
 ARMS := latents-f8 default no-pictures fill-zeros base-nearest v-bare eps conv3d shared-noise wide no-stills more-stills stills-first no-curriculum
 
-.PHONY: demo test arms ablations
+.PHONY: demo test test-training test-others arms ablations
 .DELETE_ON_ERROR:
 
 demo: runs/demo/eval.md
@@ -14,7 +14,13 @@ demo: runs/demo/eval.md
 	@echo; echo "stickers  runs/demo/stickers/*.webp"; echo "sheets    runs/demo/stickers.png (prompts), runs/demo/eval.png (held-out concepts)"
 
 test: .venv/ready
-	$(PY) -m pytest -q tests
+	@$(MAKE) --no-print-directory -k -j2 test-training test-others
+
+test-training:  # half of the time, so on a core of its own
+	$(PY) -m pytest -q tests/test_train.py
+
+test-others:
+	$(PY) -m pytest -q tests --ignore=tests/test_train.py
 
 # What makes the mini preset good: every arm changes one choice of `default`; eps is to be read against v-bare. `make -j2 arms`: a core
 # for each. latents-f8 comes first, as it writes a cache of latents of its own while `default` writes the others' (no more than -j2).
