@@ -582,7 +582,7 @@ def test_a_killed_run_goes_on_behind_its_finished_blocks(manifest, whole, tmp_pa
 
 
 def test_workers_end_with_a_killed_run(manifest, tmp_path):
-    code = "import os, sys, time, data; data.decode = lambda *a: print(os.getpid(), flush=True) or time.sleep(60); data.main(sys.argv[1:])"
+    code = "import os, sys, time, data; data.decode = lambda *a: os.write(1, b'%d\\n' % os.getpid()) and time.sleep(60); data.main(sys.argv[1:])"
     process = subprocess.Popen([sys.executable, "-c", code, *vsd2m(manifest, tmp_path / "set", "--workers", 2)], cwd=Path(data.__file__).parent, stdout=subprocess.PIPE)
     workers = [int(process.stdout.readline()) for _ in range(2)]
     process.kill()
