@@ -94,6 +94,23 @@ def png_of(chunks):
     return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks)
 
 
+def disorder(chunks, kind, fields, order, rng):
+    """Change chunks in place: a wrong header field, a chunk twice, missing or elsewhere. -> where; any other kind changes nothing."""
+    i = rng.randrange(len(chunks))
+    if kind == "field":
+        i, known = rng.choice([(i, fields[name]) for i, (name, _) in enumerate(chunks) if name in fields])
+        at, size = rng.choice(known)
+        chunks[i] = chunks[i][0], put(chunks[i][1], at, size, rng.choice(SIZES), order)
+    elif kind == "double":
+        chunks.insert(i, rng.choice(chunks))
+    elif kind == "drop":
+        del chunks[i]
+    elif kind == "swap":
+        j = rng.randrange(len(chunks))
+        chunks[i], chunks[j] = chunks[j], chunks[i]
+    return i
+
+
 PNG_FIELDS = {b"IHDR": ((0, 4), (4, 4), (8, 1), (9, 1), (12, 1)), b"acTL": ((0, 4), (4, 4)),
               b"fcTL": ((0, 4), (4, 4), (8, 4), (12, 4), (16, 4), (20, 2), (22, 2), (24, 1), (25, 1)), b"fdAT": ((0, 4),), b"PLTE": ((0, 1),)}
 
@@ -102,26 +119,15 @@ def png_lie(content, rng):
     """A wrong header field, chunks out of order, twice, missing, or compressed bombs: all with a right checksum."""
     chunks = png_chunks(content)
     kind = rng.choice(("field",) * 6 + ("double", "drop", "swap", "iCCP", "zTXt", "IDAT", "many", "fcTL"))
-    i = rng.randrange(len(chunks))
-    if kind == "field":
-        i, fields = rng.choice([(i, PNG_FIELDS[name]) for i, (name, _) in enumerate(chunks) if name in PNG_FIELDS])
-        at, size = rng.choice(fields)
-        chunks[i] = chunks[i][0], put(chunks[i][1], at, size, rng.choice(SIZES), "big")
-    elif kind == "double":
-        chunks.insert(i, rng.choice(chunks))
-    elif kind == "drop":
-        del chunks[i]
-    elif kind == "swap":
-        j = rng.randrange(len(chunks))
-        chunks[i], chunks[j] = chunks[j], chunks[i]
-    elif kind == "many":                                              # frames that the header does not count
+    i = disorder(chunks, kind, PNG_FIELDS, "big", rng)
+    if kind == "many":                                              # frames that the header does not count
         chunks[i:i] = [c for c in chunks if c[0] in (b"fcTL", b"fdAT")] * 300
     elif kind == "fcTL":
         chunks[1:1] = [(b"fcTL", struct.pack(">IIIIIHHBB", i, *(rng.choice(SIZES) for _ in range(4)), 1, 0, 9, 9)) for i in range(100)]
     elif kind == "IDAT":
         chunks = [(name, bomb(70) if name == b"IDAT" else body) for name, body in chunks]
         chunks[0] = b"IHDR", struct.pack(">II", *rng.choice(((4096, 4096), (8, 8), (65535, 65535)))) + chunks[0][1][8:]
-    else:
+    elif kind in ("iCCP", "zTXt"):
         chunks[1:1] = [(kind.encode(), b"name\0\0" + bomb(rng.choice((1, 100))))] * rng.choice((1, 90))
     return png_of(chunks)
 
@@ -147,19 +153,8 @@ WEBP_FIELDS = {b"VP8X": ((0, 1), (4, 3), (7, 3)), b"ANIM": ((0, 4), (4, 2)), b"A
 def webp_lie(content, rng):
     chunks = webp_chunks(content)
     kind = rng.choice(("field",) * 6 + ("double", "drop", "swap", "many", "length", "canvas"))
-    i = rng.randrange(len(chunks))
-    if kind == "field":
-        i, fields = rng.choice([(i, WEBP_FIELDS[name]) for i, (name, _) in enumerate(chunks) if name in WEBP_FIELDS])
-        at, size = rng.choice(fields)
-        chunks[i] = chunks[i][0], put(chunks[i][1], at, size, rng.choice(SIZES), "little")
-    elif kind == "double":
-        chunks.insert(i, rng.choice(chunks))
-    elif kind == "drop":
-        del chunks[i]
-    elif kind == "swap":
-        j = rng.randrange(len(chunks))
-        chunks[i], chunks[j] = chunks[j], chunks[i]
-    elif kind == "many":                                              # frames of the smallest kind
+    disorder(chunks, kind, WEBP_FIELDS, "little", rng)
+    if kind == "many":                                              # frames of the smallest kind
         chunks += [min((c for c in chunks if c[0] == b"ANMF"), key=lambda c: len(c[1]), default=chunks[0])] * rng.choice((500, 2500, 25_000))
     elif kind == "canvas" and chunks[0][0] == b"VP8X":
         side = rng.choice((4095, 4096, 16383))
