@@ -83,7 +83,7 @@ class UserError(Exception):
 
 
 def run_cli(main):
-    """Run `main()`; what the user can put right becomes one line on stderr and exit code 2, and Ctrl-C one and 130."""
+    """Run `main()`; what the user can put right becomes one line on stderr and exit code 2, and Ctrl-C, where main() makes nothing of it, one and 130."""
     status = 2
     try:
         main()
@@ -112,12 +112,12 @@ def hold(path, what, wait=False):
     """Lock the file `path`, made where it is missing -> the open file: held until that is closed or its process ends, however it ends.
 
     UserError where another process has it, as that is writing `what`; with `wait` that is said and waited for. The owner may remove the file.
-    On a file system without locks a line says that nothing is held."""
+    OSError: for a link, too, which might lead anywhere."""
     path = Path(path)
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):                         # the last owner removed it meanwhile: begin anew
-            lock = take_lock(open(path, "a+"), what, wait)
+            lock = take_lock(open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)), what, wait)
             if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
                 break
     lock.truncate(0)
@@ -127,9 +127,19 @@ def hold(path, what, wait=False):
     return lock
 
 
+def flock(file, how):
+    """fcntl.flock; on a file system without locks, as some network ones are, a line says that nothing is held."""
+    try:
+        fcntl.flock(file, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        print(f"{file.name}: cannot be locked ({error.strerror}), so that nothing keeps a second process out", file=sys.stderr)
+
+
 def take_lock(lock, what, wait):
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
         owner = f"{what} is being written by process {lock.read() or 'unknown'}"
@@ -137,8 +147,6 @@ def take_lock(lock, what, wait):
             raise UserError(f"{owner}; wait until it is done, or write somewhere else") from None
         print(f"{owner}: waiting for it", file=sys.stderr, flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:                     # some network file systems have no locks
-        print(f"{lock.name}: cannot be locked ({error.strerror}), so that nothing keeps a second process out", file=sys.stderr)
     return lock
 
 
@@ -171,6 +179,27 @@ def parse_line(path, number, line):
     if not isinstance(value, dict):
         raise UserError(f"{path}, line {number}: not a JSON object")
     return value
+
+
+def read_json(path):
+    """The object of a file that this project wrote; an empty one where it is missing or damaged."""
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def read_npy(path, dtype, shape, advice):
+    """The array of a .npy file (shape None: any number of rows); mapped first, so that no header can ask for more memory than its file is long."""
+    try:
+        rows = np.lib.format.open_memmap(path, "r")
+        if rows.dtype != dtype:
+            raise ValueError(f"of {rows.dtype}, not {np.dtype(dtype)}")
+        if rows.ndim != 1 if shape is None else rows.shape != tuple(shape):
+            raise ValueError(f"of shape {rows.shape}, {'one axis' if shape is None else tuple(shape)} expected")
+        return np.array(rows)
+    except Exception as error:                   # a damaged header can make NumPy raise nearly anything
+        raise UserError(f"{path}: missing or corrupt ({getattr(error, 'strerror', None) or error}); {advice}") from None
 
 
 # ---- reading and writing animations
@@ -618,7 +647,7 @@ def begin(part, wanted):
     """Clear the part folder of what is half-written; what an interrupted run of something else left in it is not touched."""
     job = part / "blocks/job.json"
     if job.is_file():
-        found = json.loads(job.read_text())
+        found = read_json(job)
         if found != wanted:
             changed = ", ".join(f"{k} {found.get(k)} there, {wanted[k]} here" for k in wanted if found.get(k) != wanted[k])
             raise UserError(f"{part} holds an interrupted run of something else ({changed}); remove it, or give another --out")
@@ -651,14 +680,12 @@ def finished_blocks(part, size):
     """{number: summary} of the blocks that an interrupted run finished. A block's lines come last, when its frames are on the disk."""
     done = {}
     for path in (part / "blocks").glob("block-*.jsonl"):
-        try:
+        with contextlib.suppress(ValueError, StopIteration, LookupError, TypeError):         # damaged: made anew
             with open(path) as lines:
                 summary = json.loads(next(lines))
-        except (ValueError, StopIteration):      # damaged: made anew
-            continue
-        frames = shard(part, "frames", summary["number"])
-        if frames.is_file() and frames.stat().st_size == 4 * size * size * summary["frames"]:
-            done[summary["number"]] = summary
+            frames = shard(part, "frames", summary["number"])
+            if frames.is_file() and frames.stat().st_size == 4 * size * size * summary["frames"]:
+                done[summary["number"]] = summary
     return done
 
 
@@ -1258,16 +1285,10 @@ class StickerSet:
 
 def read_table(path, meta, advice):
     """index.npy -> array (stickers,) of COLUMNS that goes together with meta.json."""
-    try:
-        table = np.lib.format.open_memmap(path, "r")                         # no larger than its file, whatever its head says
-        if table.dtype != COLUMNS or table.shape != (meta["stickers"],):
-            raise ValueError(f"{len(table)} rows, {meta['stickers']} expected")
-        table = np.array(table)
-        if len(table) and not ((np.diff(table["end"].astype(np.int64), prepend=0) > 0).all() and (table["n"] > 0).all()
-                               and table["n"].sum() == meta["frames"] and table["split"].max() < len(SPLITS) and table["group"].max() < len(meta["groups"])):
-            raise ValueError("numbers out of range")
-    except Exception as error:                   # a broken file can make NumPy raise nearly anything
-        raise UserError(f"{path}: missing or corrupt ({getattr(error, 'strerror', None) or error}); {advice}") from None
+    table = read_npy(path, COLUMNS, (meta["stickers"],), advice)
+    if len(table) and not ((np.diff(table["end"].astype(np.int64), prepend=0) > 0).all() and (table["n"] > 0).all()
+                           and table["n"].sum() == meta["frames"] and table["split"].max() < len(SPLITS) and table["group"].max() < len(meta["groups"])):
+        raise UserError(f"{path}: missing or corrupt (numbers out of range); {advice}")
     return table
 
 
@@ -1292,10 +1313,7 @@ def latents_folder(folder, vae_hash):
 
 
 def latents_meta(folder, vae_hash):
-    try:
-        return dict(json.loads((latents_folder(folder, vae_hash) / "meta.json").read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
+    return read_json(latents_folder(folder, vae_hash) / "meta.json")
 
 
 def latents_ready(folder, vae_hash):
@@ -1321,7 +1339,7 @@ def write_latents(folder, vae_hash, n, shape, batches):
     with hold(Path(folder) / f".{out.name}.lock", out, wait=True):
         if latents_ready(folder, vae_hash):      # the other process made it meanwhile
             return
-        if not (part / "meta.json").is_file() or json.loads((part / "meta.json").read_text()) != meta:
+        if read_json(part / "meta.json") != meta:
             shutil.rmtree(part, ignore_errors=True)                          # of another set
             part.mkdir()
             (part / "meta.json.tmp").write_text(json.dumps(meta))
@@ -1425,7 +1443,7 @@ class TextCache:
     def open(self):
         """Map what is there; again after writing."""
         paths = sorted(self.folder.glob("*.npy"))
-        keys = [np.load(path) for path in paths]
+        keys = [read_npy(path, np.uint64, None, "remove it and let train.py write it again") for path in paths]
         for path, k in zip(paths, keys):
             rows = path.with_suffix(".bin")
             if not rows.is_file() or rows.stat().st_size != len(k) * self.row:
@@ -1462,10 +1480,10 @@ class TextCache:
         """Remove what killed processes left half-written, unless somebody writes now; nobody removes what is written inside."""
         with open(self.folder / "lock", "a") as lock:
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 for left in self.folder.glob("tmp*"):
                     shutil.rmtree(left)
-            fcntl.flock(lock, fcntl.LOCK_SH)
+            flock(lock, fcntl.LOCK_SH)
             yield
 
     def __getitem__(self, texts):

@@ -40,8 +40,8 @@ from tqdm import tqdm
 
 import bench
 from curriculum import KD, KI, KP
-from data import (TASKS, Members, StickerSet, UserError, check_sheet, contact_sheet, eval_mask, even_frames, given_frames, mask_of, nearest_given, read_jsonl, run_cli, tokenize,
-                  to_rgba, to_tensor, write_animation)
+from data import (TASKS, Members, StickerSet, UserError, check_sheet, contact_sheet, eval_mask, even_frames, flock, given_frames, mask_of,
+                  nearest_given, read_jsonl, read_npy, run_cli, tokenize, to_rgba, to_tensor, write_animation)
 from metrics import (CLIPRows, DOVERRows, I3DRows, JudgeRows, LocalRows, NIQE, NIQERows, bootstrap, bootstrap_fd, clip_scores, dover_fuse, extrapolate,
                      fd_app, fd_mot, fit_judge, frechet, on_white, psnr, recall, save_judge)
 from model import PRESETS, RDTF, STI, Config, count, fill
@@ -98,30 +98,20 @@ def code_of(*names):
     return {name: file_hash(Path(__file__).with_name(name)) for name in names}
 
 
-def read_kept(path, shape, dtype):
-    """The array of a file of `kept`; mapped first, so that no header can ask for more memory than the file is long."""
-    try:
-        rows = np.lib.format.open_memmap(path, "r")
-        if rows.shape != tuple(shape) or rows.dtype != dtype:
-            raise ValueError(f"{rows.dtype} {rows.shape} where {np.dtype(dtype)} {tuple(shape)} belongs")
-        return np.array(rows)
-    except Exception as error:                   # a damaged header may raise nearly anything
-        raise UserError(f"{path}: not what evaluate.py keeps ({error}); remove it, and it is made again") from None
-
-
 def kept(folder, name, made_of, shape, dtype, batch, make):
     """An array of this shape whose rows make(slice) gives, kept as folder/name-HASH.npy.
 
     Rows are appended to a .part file as they come, so that a killed process goes on behind its last whole one; a second process waits."""
     path = Path(folder) / f"{name}-{hash_of(made_of)}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
+    read = functools.partial(read_npy, path, dtype, shape, "remove it, and it is made again")
     if path.is_file():
-        return read_kept(path, shape, dtype)
+        return read()
     part, size = path.with_suffix(".part"), int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
     with open(part, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        flock(file, fcntl.LOCK_EX)
         if path.is_file():                       # the other process made it meanwhile
-            return read_kept(path, shape, dtype)
+            return read()
         done = min(file.seek(0, os.SEEK_END) // size, shape[0])
         file.truncate(done * size)
         with tqdm(total=shape[0], initial=done, desc=name, unit="clip", delay=1) as bar:

@@ -185,8 +185,10 @@ def writing(path):
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:       # a full disk is another error to each library
+        if "DataLoader worker" in str(error):                       # comes from a signal handler of torch's, anywhere
+            raise
         cause = error.__context__ if isinstance(error.__context__, OSError) else error      # torch.save's own says nothing
-        reason = getattr(cause, "strerror", None) or str(cause).splitlines()[0]
+        reason = getattr(cause, "strerror", None) or first_line(cause)
         raise UserError(f"{path}: cannot be written ({reason}); what was there before stays, the same command goes on from it") from None
 
 
@@ -200,6 +202,14 @@ def write_atomically(path, write, before=None):
         except BaseException:
             temporary.unlink(missing_ok=True)                       # on a full disk it is in the way
             raise
+
+
+def save_pt(path, value, before=None):
+    """torch.save, atomically. before: what the file that was there is to be called."""
+    def write(temporary):
+        with open(temporary, "wb") as file:                         # as a Python file: what fails in it has a reason
+            torch.save(value, file)
+    write_atomically(path, write, before)
 
 
 def file_hash(path):
@@ -266,6 +276,8 @@ def read_weights(path, option, parts=("",)):
         raise UserError(f"{option} {path}: cannot be read as weights ({type(error).__name__}: {first_line(error)})") from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     weights = {name: w for name, w in weights.items() if str(name).startswith(parts)} if isinstance(weights, dict) else weights
+    if isinstance(weights, dict) and sum(w.numel() * w.element_size() for w in weights.values() if torch.is_tensor(w)) > os.path.getsize(path):
+        raise UserError(f"{option} {path}: cannot be read as weights (its tensors are larger than the file)")
     if not isinstance(weights, dict) or not weights or not all(map(is_plain, weights.values())):
         raise UserError(f"{option} {path}: holds no weights by name" + (f" that begins with {', '.join(parts)}" if any(parts) else ""))
     return weights
@@ -703,13 +715,14 @@ class DFGNStage:
         c = self.config
         self.texts = StickerTexts(self.stickers, c.text_variants, c.seed, c.word_dropout, c.keywords)
         self.features = TextCache(c.data, self.tower["hash"], self.preset.text.width)
-        places = self.features.missing(self.texts)
+        found = [self.features.missing(self.texts) if self.rank == 0 else None]
+        if self.world > 1:
+            dist.broadcast_object_list(found, device=torch.device("cpu"))  # another job may add to the cache between two looks
+        places, = found
         need, free = len(places) * self.features.row, shutil.disk_usage(c.data).free
         if need > free:
             raise UserError(f"--text-variants {c.text_variants}: features of {len(places)} texts are {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are free in {c.data}; "
                             f"fewer variants need less")
-        if self.world > 1:
-            dist.barrier()  # all ranks must have seen the same texts missing
         if len(places):
             tower = load_tower(c.clip_weights, c.clip_model).to(self.device)
             together(lambda: cache_texts(tower, self.features, self.texts, places, self.rank, self.world, self.device), self.world)
@@ -837,24 +850,23 @@ def average(c, ema, weights, share):
         ema[k].copy_(ema[k].to(w.device, non_blocking=True).lerp_(w.detach(), share), non_blocking=True)
 
 
-def write_state(run, state):
-    """Write state.pt; the one that was there becomes state.prev.pt when the new one is whole."""
-    def write(path):
-        with open(path, "wb") as file:           # as a Python file: what fails in it has a reason
-            torch.save(state, file)
-    write_atomically(run / "state.pt", write, before=run / "state.prev.pt")
+def read_state(run, mend=False):
+    """The newest checkpoint that can be read; None if there is none yet.
 
-
-def read_state(run):
-    """The newest checkpoint that can be read; None if there is none yet."""
-    names = [name for name in ("state.pt", "state.prev.pt") if (run / name).is_file()]
-    for name in names:
+    mend: remove one that cannot be, where the one before it can: the next save would put it in the place of that."""
+    paths, damaged = [path for path in (run / "state.pt", run / "state.prev.pt") if path.is_file()], []
+    for path in paths:
         try:
-            return read_pt(run / name)
+            state = read_pt(path)
         except Exception as error:  # a damaged file may raise nearly anything
-            print(f"{run / name}: not readable ({type(error).__name__}); trying the one before", file=sys.stderr)
-    if names:
-        raise UserError(f"{run}: neither {' nor '.join(names)} can be read; remove the folder, or name another --out")
+            print(f"{path}: not readable ({type(error).__name__}); trying the one before", file=sys.stderr)
+            damaged.append(path)
+            continue
+        for old in damaged if mend else ():
+            old.unlink(missing_ok=True)
+        return state
+    if paths:
+        raise UserError(f"{run}: {' and '.join(path.name for path in paths)} cannot be read; remove the folder, or name another --out")
     return None
 
 
@@ -888,6 +900,8 @@ def check_same_config(run, config, preset, precision, world):
     try:
         old = json.loads((run / "config.json").read_text())
         started, model, inputs, was = old["train"], flat(old["model"]), old["inputs"], old["precision"]
+        if reason := differs(inputs, {str: ""}, "inputs"):
+            raise ValueError(reason)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{run / 'config.json'}: missing or corrupt ({error}), so that nobody knows what was trained here; put it back, or name another --out") from None
     if precision != was:
@@ -949,19 +963,20 @@ def has_state(run):
 def own(run, held):
     """Keep other processes out of the run folder until `held` is closed or this one ends, and remove what a killed one left half-written."""
     try:
-        held.enter_context(hold(run / "lock", f"--out {run}"))
+        lock = held.enter_context(hold(run / "lock", f"--out {run}"))
     except OSError as error:
         raise UserError(f"--out {run}: cannot be written ({error.strerror})") from None
-    held.callback(leave, run)
+    held.callback(leave, run, lock)
     for left in run.glob("*.tmp"):
         left.unlink()
 
 
-def leave(run):
-    """Remove the lock while it is held, and the folder if nothing came into it."""
+def leave(run, lock):
+    """Remove the lock while it is held, and the folder if nothing came into it; not those of a process that came when the folder was removed."""
     with suppress(OSError):
-        (run / "lock").unlink()
-        run.rmdir()
+        if os.path.samestat(os.stat(run / "lock"), os.fstat(lock.fileno())):
+            (run / "lock").unlink()
+            run.rmdir()
 
 
 def cut_log(path, step):
@@ -1002,8 +1017,8 @@ def train(config, held):
     before, changed = check_same_config(run, config, preset, precision, world) if started else ({}, [])
     stage = STAGES[config.stage](config, preset, rank, world, device)
     for key, value in before.items():
-        if stage.inputs[key] != value:
-            raise UserError(f"{option(key)} {getattr(config, key)}: not what {run} was started with (hash {stage.inputs[key][:12]}, was {value[:12]}); name another --out")
+        if (now := stage.inputs.get(key, "none")) != value:
+            raise UserError(f"{option(key)} {getattr(config, key, '')}: not what {run} was started with (hash {now[:12]}, was {value[:12]}); name another --out")
     together(lambda: rank == 0 and own(run, held), world)
     if has_state(run) != started:
         raise UserError(f"--out {run}: another process wrote there meanwhile; start again")
@@ -1016,7 +1031,7 @@ def train(config, held):
     optimizer = make_optimizer(config, net, world)
     curriculum, window, start = getattr(stage, "curriculum", None), Window(), 0
 
-    state = read_state(run)
+    state = read_state(run, mend=rank == 0)
     if state is not None:
         check_state(run, config, state, net, optimizer, curriculum)
         net.load_state_dict(state["net"])
@@ -1049,7 +1064,7 @@ def train(config, held):
         save_model(run / "model.safetensors", weights, kind=stage.kind, config=preset.to_dict(), step=step, **extra)
         state = dict(step=step, net=net.state_dict(), ema=ema, optimizer=optimizer.state_dict(), window=window.sums,
                      curriculum=curriculum.state_dict() if curriculum else None)
-        write_state(run, state)  # last: a run is done when its state says so
+        save_pt(run / "state.pt", state, before=run / "state.prev.pt")  # last: a run is done when its state says so
 
     def save(step):
         nonlocal saving
@@ -1142,7 +1157,7 @@ def keep_step(path, **step):
     try:
         for old in {*path.parent.glob("bad-step-*.pt")} - {path}:
             old.unlink()
-        write_atomically(path, lambda p: torch.save(step, p))
+        save_pt(path, step)
     except (OSError, UserError) as error:                        # of two misfortunes the first is to be told
         return str(error).partition("; ")[0]
     return f"`python train.py --replay {path}` computes it alone"
@@ -1156,19 +1171,19 @@ def bad_step(run, stage, step, batch, losses, norm, precision):
     again = "again " if path.is_file() else ""                   # asked before the gathering, so by all ranks before it is written
     batch = {name: gather(value, world) for name, value in batch.items()}
     samples = samples_of(stage, step, batch)
-    said = f"`python train.py --replay {path}` computes it alone"
+    said = []
     if stage.rank == 0:
-        said = keep_step(path, step=step, world=world, train=dict(asdict(stage.config), precision=precision), model=stage.preset.to_dict(),
-                         net=stage.net.state_dict(), batch=batch, index=index, samples=samples, losses=losses.tolist(), norm=norm)
+        said = [keep_step(path, step=step, world=world, train=dict(asdict(stage.config), precision=precision), model=stage.preset.to_dict(),
+                         net=stage.net.state_dict(), batch=batch, index=index, samples=samples, losses=losses.tolist(), norm=norm)]
     if world > 1:
         dist.barrier()                                           # torchrun ends all when one ends: not while rank 0 writes
     bad = [s for s, loss in zip(samples, losses) if not math.isfinite(loss)]
     what, named = ("loss", bad) if bad else ("gradient", samples)
     names = "; ".join([*map(described, named[:3]), *["..."] * (len(named) > 3)])
-    last = f"the last good checkpoint is {run / 'state.pt'}" if (run / "state.pt").is_file() else "no checkpoint was saved yet"
+    last = f"the last checkpoint is {run / 'state.pt'}" if (run / "state.pt").is_file() else "no checkpoint was saved yet"
     advice = "starting it again does not help; " if again else ""
-    return UserError(f"{run}: {what} is not finite at step {step} {again}({len(bad)} of {len(samples)} losses; {index}: {names}); {said}; {last}; "
-                     f"{advice}lower --lr in another --out, or look at these samples")
+    return UserError("; ".join([f"{run}: {what} is not finite at step {step} {again}({len(bad)} of {len(samples)} losses; {index}: {names})", *said, last,
+                                f"{advice}lower --lr in another --out, or look at these samples"]))
 
 
 def micro_batches(batch, count):
@@ -1423,7 +1438,7 @@ def main(argv=None):
     except RuntimeError as error:                # comes from a signal handler of torch's, anywhere
         if "DataLoader worker" not in str(error):
             raise
-        raise UserError(f"--workers: {str(error).splitlines()[0]} The same command goes on from the last checkpoint") from None
+        raise UserError(f"--workers: {first_line(error)} The same command goes on from the last checkpoint") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

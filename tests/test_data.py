@@ -604,11 +604,26 @@ def interrupted(manifest, out, blocks=3):
         data.main(vsd2m(manifest, out, "--workers", 1))
 
 
+def test_damaged_blocks_are_made_anew(manifest, tmp_path):
+    data.main(vsd2m(manifest, tmp_path / "whole"))
+    interrupted(manifest, tmp_path / "set")
+    for i, (path, content) in enumerate(zip(sorted(tmp_path.glob(".set.part/blocks/block-*.jsonl")), ("{}", "[]", '{"number": "one", "frames": 1}'))):
+        path.write_text(content)
+    assert i == 2
+    data.main(vsd2m(manifest, tmp_path / "set"))
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+
+
 def test_an_interrupted_run_of_something_else_is_refused(manifest, tmp_path, capsys):
     interrupted(manifest, tmp_path / "set")
     assert "size 8 there, 12 here" in refused(capsys, *vsd2m(manifest, tmp_path / "set", "--size", 12))
     assert "most_frames 24 there, 5 here" in refused(capsys, *vsd2m(manifest, tmp_path / "set", "--most-frames", 5))
     assert "first 100 lines here" in refused(capsys, *vsd2m(manifest, tmp_path / "set", "--limit", 100))
+    job, = tmp_path.glob(".set.part/blocks/job.json")
+    text = job.read_text()
+    job.write_text(text[:9])
+    assert "holds an interrupted run of something else" in refused(capsys, *vsd2m(manifest, tmp_path / "set"))
+    job.write_text(text)
     other = (manifest / "m.jsonl").read_text().replace("sticker 1900 ", "sticker X ")
     plain = (manifest / "m.jsonl").read_text()
     try:
@@ -880,7 +895,7 @@ def test_a_map_travels_as_its_name(synthetic):
     (lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace('"version": 2', '"version": 1')), "another version"),
     (lambda f: (f / "frames-00000.bin").write_bytes(b"123"), "frames-00000.bin"), (lambda f: (f / "frames-00000.bin").unlink(), "frames-00000.bin"),
     (lambda f: (f / "index.jsonl").write_text('{"a": 1}\n'), "index.jsonl"), (lambda f: (f / "index.npy").unlink(), "index.npy"),
-    (lambda f: (f / "index.npy").write_bytes(b"12"), "index.npy"), (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[1:]), "index.npy.*3 rows, 4"),
+    (lambda f: (f / "index.npy").write_bytes(b"12"), "index.npy"), (lambda f: np.save(f / "index.npy", np.load(f / "index.npy")[1:]), r"index.npy.*shape \(3,\), \(4,\)"),
     (lambda f: (f / "index.jsonl").unlink(), "index.jsonl")])
 def test_damaged_sets_are_named(tmp_path, damage, culprit):
     data.main(["synthetic", "--n", "4", "--out", str(tmp_path / "set"), "--size", "8", "--workers", "1"])

@@ -14,6 +14,7 @@ import metrics
 import train
 from conftest import run_train
 from curriculum import Curriculum
+import data
 from data import UserError
 from model import PRESETS, RDTF
 from sample import Sampler
@@ -66,7 +67,7 @@ def test_code_in_a_file_is_not_run(kind, dfgn_argv, tiny_dfgn, clip_folder, tmp_
     before = {p.name: p.read_bytes() for p in run.iterdir() if "state" not in p.name}
     readers = {"--vae": lambda: run_train(*dfgn_argv, "--steps", 1, "--out", tmp_path / "other", "--vae", bad), "--clip-weights": lambda: train.load_tower(folder, ""),
                "--i3d": lambda: metrics.I3DRows(str(bad)), "--dover": lambda: metrics.DOVERRows(str(bad)), "--clip": lambda: metrics.CLIPRows(str(folder)),
-               "--replay": lambda: run_train("--replay", bad), "neither state.pt nor state.prev.pt": lambda: resumed([*dfgn_argv, "--steps", 7], run, bad)}
+               "--replay": lambda: run_train("--replay", bad), "state.pt and state.prev.pt cannot be read": lambda: resumed([*dfgn_argv, "--steps", 7], run, bad)}
     said = dict(pickle="objects too, which could run code", legacy="objects too, which could run code",
                 script="TorchScript", bomb="unpacks to more than the file is long", cut="cannot be read|not a step", none="no weights|holds nothing")[kind]
     for option, read in readers.items():
@@ -75,6 +76,21 @@ def test_code_in_a_file_is_not_run(kind, dfgn_argv, tiny_dfgn, clip_folder, tmp_
     assert not canary.exists() and not (tmp_path / "other").exists()
     assert {p.name: p.read_bytes() for p in run.iterdir() if "state" not in p.name} == before
     assert {(run / name).read_bytes() for name in ("state.pt", "state.prev.pt")} == {bad.read_bytes()}
+
+
+def test_keys_of_texts_that_are_none(tmp_path):
+    (tmp_path / "text-aaaaaaaaaaaa").mkdir()
+    for content in (b"no array", b"\x93NUMPY\1\0v\0{'descr': '<u8', 'fortran_order': False, 'shape': (1000000000000,), }" + b" " * 40 + b"\n"):
+        (tmp_path / "text-aaaaaaaaaaaa/x.npy").write_bytes(content)
+        with pytest.raises(UserError, match="x.npy: missing or corrupt .*; remove it and let train.py write it again"):
+            data.TextCache(tmp_path, "a" * 12, 4)
+
+
+def test_tensors_larger_than_their_file(tmp_path):
+    """One number, expanded: float32 of it would be 4 MB, or terabytes."""
+    torch.save(dict(w=torch.zeros(1, dtype=torch.float16).expand(1000, 1000)), tmp_path / "w.pt")
+    with pytest.raises(UserError, match="--vae .*w.pt: cannot be read as weights .its tensors are larger than the file"):
+        train.read_weights(tmp_path / "w.pt", "--vae")
 
 
 def test_the_canary_sings(tmp_path):
@@ -216,7 +232,7 @@ def test_kept_arrays_that_were_edited(kind, tmp_path, monkeypatch):
             file.write(KEPT[kind])
         else:
             np.save(file, KEPT[kind])
-    with pytest.raises(UserError, match=f"{path.name}: not what evaluate.py keeps .*; remove it"):
+    with pytest.raises(UserError, match=f"{path.name}: missing or corrupt .*; remove it, and it is made again"):
         keep()
     assert not Path("c").exists()
 
