@@ -1099,7 +1099,7 @@ def main():
     for name, config in PRESETS.items():
         with torch.device("meta"):
             model, vae = RDTF(config), VAE(config.vae)
-        print(f"{name}: DFGN {count(model.dfgn) / 1e6:.1f} M, text {count(model) / 1e6 - count(model.dfgn) / 1e6:.1f} M, VAE {count(vae) / 1e6:.2f} M")
+        print(f"{name}: DFGN {count(model.dfgn) / 1e6:.1f} M, text {f'{count(model.text) / 1e6:.1f} M' if model.text else 'of a frozen tower, not counted'}, VAE {count(vae) / 1e6:.2f} M")
         print("   " + ", ".join(f"{part} {n / 1e6:.2f} M" for part, n in breakdown(model).items()))
         if config.text.buckets:
             print(f"   and {model.word_pictures.numel() / 1e6:.2f} M numbers that are solved for, not trained: the pictures of words")

@@ -221,7 +221,13 @@ def save_model(path, weights, **metadata):
     """EMA weights as safetensors; metadata values must be JSON-able."""
     from safetensors.torch import save_file
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
-    write_atomically(path, lambda p: save_file(weights, p, metadata={k: json.dumps(v) for k, v in metadata.items()}))
+
+    def write(temporary):
+        temporary.touch()
+        mode = temporary.stat().st_mode          # safetensors' own file is for its owner alone
+        save_file(weights, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
+        temporary.chmod(mode)
+    write_atomically(path, write)
 
 
 def read_metadata(path):

@@ -85,6 +85,7 @@ def test_a_run_folder(tiny_dfgn, tiny_vae):
     state = state_of(tiny_dfgn)
     assert state["step"] == 7 and torch.load(tiny_dfgn / "state.prev.pt", weights_only=True)["step"] == 4
     assert {"net", "ema", "optimizer", "curriculum", "window"} <= set(state)
+    assert (tiny_dfgn / "model.safetensors").stat().st_mode == (tiny_dfgn / "config.json").stat().st_mode                  # to be shared
     assert len(state["optimizer"]["state"]) == len(list(RDTF(PRESETS["tiny"]).parameters()))
 
 
