@@ -282,8 +282,6 @@ def read_weights(path, option, parts=("",)):
         raise UserError(f"{option} {path}: cannot be read as weights ({type(error).__name__}: {first_line(error)})") from None
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else weights
     weights = {name: w for name, w in weights.items() if str(name).startswith(parts)} if isinstance(weights, dict) else weights
-    if isinstance(weights, dict) and sum(w.numel() * w.element_size() for w in weights.values() if torch.is_tensor(w)) > os.path.getsize(path):
-        raise UserError(f"{option} {path}: cannot be read as weights (its tensors are larger than the file)")
     if not isinstance(weights, dict) or not weights or not all(map(is_plain, weights.values())):
         raise UserError(f"{option} {path}: holds no weights by name" + (f" that begins with {', '.join(parts)}" if any(parts) else ""))
     return weights
@@ -445,8 +443,11 @@ def name_tower(path, name, width):
 
 def load_tower(path, name):
     """The TextTower in an open_clip model's weights, float32; the model's other parts are not read."""
-    weights, config = find_clip(path, name, "--clip-weights")
-    return fit_weights(TextTower(config), tower_weights(read_weights(weights, "--clip-weights", TOWER_PARTS)), "--clip-weights", path, assign=True)
+    file, config = find_clip(path, name, "--clip-weights")
+    weights = read_weights(file, "--clip-weights", TOWER_PARTS)
+    if sum(w.numel() * w.element_size() for w in weights.values()) > os.path.getsize(file):
+        raise UserError(f"--clip-weights {path}: its tensors are larger than the file")  # expanded ones, which float32 would write out
+    return fit_weights(TextTower(config), tower_weights(weights), "--clip-weights", path, assign=True)
 
 
 def tower_of(model, metadata, path, width):

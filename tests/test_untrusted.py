@@ -86,11 +86,12 @@ def test_keys_of_texts_that_are_none(tmp_path):
             data.TextCache(tmp_path, "a" * 12, 4)
 
 
-def test_tensors_larger_than_their_file(tmp_path):
+def test_tensors_larger_than_their_file(clip_folder, tmp_path):
     """One number, expanded: float32 of it would be 4 MB, or terabytes."""
-    torch.save(dict(w=torch.zeros(1, dtype=torch.float16).expand(1000, 1000)), tmp_path / "w.pt")
-    with pytest.raises(UserError, match="--vae .*w.pt: cannot be read as weights .its tensors are larger than the file"):
-        train.read_weights(tmp_path / "w.pt", "--vae")
+    folder = Path(shutil.copytree(clip_folder, tmp_path / "clip"))
+    torch.save({"token_embedding.weight": torch.zeros(1, dtype=torch.float16).expand(1000, 1000)}, folder / "open_clip_pytorch_model.bin")
+    with pytest.raises(UserError, match="--clip-weights .*clip: its tensors are larger than the file"):
+        train.load_tower(folder, "")
 
 
 def test_the_canary_sings(tmp_path):
