@@ -857,11 +857,16 @@ def average(c, ema, weights, share):
         ema[k].copy_(ema[k].to(w.device, non_blocking=True).lerp_(w.detach(), share), non_blocking=True)
 
 
+def states(run):
+    """Paths of the checkpoints that are there, the newest first."""
+    return [path for path in (run / "state.pt", run / "state.prev.pt") if path.is_file()]
+
+
 def read_state(run, mend=False):
     """The newest checkpoint that can be read; None if there is none yet.
 
     mend: remove one that cannot be, where the one before it can: the next save would put it in the place of that."""
-    paths, damaged = [path for path in (run / "state.pt", run / "state.prev.pt") if path.is_file()], []
+    paths, damaged = states(run), []
     for path in paths:
         try:
             state = read_pt(path)
@@ -963,10 +968,6 @@ def step_of(line):
     return step if isinstance(step, int) else None
 
 
-def has_state(run):
-    return any((run / name).is_file() for name in ("state.pt", "state.prev.pt"))
-
-
 def own(run, held):
     """Keep other processes out of the run folder until `held` is closed or this one ends, and remove what a killed one left half-written."""
     try:
@@ -1020,14 +1021,14 @@ def train(config, held):
     check_shares(config, world)
     precision = pick_precision(config.precision, device)
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
-    started = has_state(run)
+    started = bool(states(run))
     before, changed = check_same_config(run, config, preset, precision, world) if started else ({}, [])
     stage = STAGES[config.stage](config, preset, rank, world, device)
     for key, value in before.items():
         if (now := stage.inputs.get(key, "none")) != value:
             raise UserError(f"{option(key)} {getattr(config, key, '')}: not what {run} was started with (hash {now[:12]}, was {value[:12]}); name another --out")
     together(lambda: rank == 0 and own(run, held), world)
-    if has_state(run) != started:
+    if bool(states(run)) != started:
         raise UserError(f"--out {run}: another process wrote there meanwhile; start again")
     stage.prepare(fresh=not started)
     net = stage.net
@@ -1181,7 +1182,7 @@ def bad_step(run, stage, step, batch, losses, norm, precision):
     said = []
     if stage.rank == 0:
         said = [keep_step(path, step=step, world=world, train=dict(asdict(stage.config), precision=precision), model=stage.preset.to_dict(),
-                         net=stage.net.state_dict(), batch=batch, index=index, samples=samples, losses=losses.tolist(), norm=norm)]
+                          net=stage.net.state_dict(), batch=batch, index=index, samples=samples, losses=losses.tolist(), norm=norm)]
     if world > 1:
         dist.barrier()                                           # torchrun ends all when one ends: not while rank 0 writes
     bad = [s for s, loss in zip(samples, losses) if not math.isfinite(loss)]

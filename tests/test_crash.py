@@ -638,7 +638,7 @@ def one_kill(draw, moment, argv, ranks, run, copy):
 
 def check_killed(run):
     """What is there can be read, and the log has all lines of the checkpoint. -> its step."""
-    if run.is_dir() and train.has_state(run):
+    if run.is_dir() and train.states(run):
         step = train.read_state(run)["step"]
         train.read_model(run / "model.safetensors", train.read_metadata(run / "model.safetensors")["kind"], "")
         steps = [line for line in map(train.step_of, (run / "log.jsonl").read_text(errors="replace").splitlines()) if line and line <= step]
