@@ -1,19 +1,18 @@
-"""The scripts lie beside this folder; the tests import them by name. Here: one tiny prepared set, VAE and DFGN for all of them."""
+"""One tiny prepared set, VAE, DFGN and open_clip model for all tests."""
 import json
 import os
+import re
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-os.environ["OMP_NUM_THREADS"] = "1"                                   # of the processes that tests start, too: sums come out alike
+os.environ["OMP_NUM_THREADS"] = "1"              # of the processes that tests start, too: sums come out alike
 
 
 def run_train(*argv):
     """train.main in this process."""
     import torch
+
     import train
     torch.set_num_threads(1)
     train.main([str(a) for a in argv])
@@ -30,7 +29,8 @@ def stickers16(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def vae_argv(stickers16):
-    return ["--stage", "vae", "--preset", "tiny", "--data", stickers16, "--batch", 8, "--warmup", 2, "--log-every", 2, "--save-every", 100]
+    return ["--stage", "vae", "--preset", "tiny", "--data", stickers16, "--batch", 8, "--warmup", 2, "--log-every", 2,
+            "--save-every", 100]
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +43,8 @@ def tiny_vae(tmp_path_factory, vae_argv):
 
 @pytest.fixture(scope="session")
 def dfgn_argv(stickers16, tiny_vae):
-    return ["--preset", "tiny", "--data", stickers16, "--vae", tiny_vae / "model.safetensors", "--batch", 4, "--warmup", 2,
-            "--log-every", 2, "--save-every", 100]
+    return ["--preset", "tiny", "--data", stickers16, "--vae", tiny_vae / "model.safetensors", "--batch", 4,
+            "--warmup", 2, "--log-every", 2, "--save-every", 100]
 
 
 @pytest.fixture(scope="session")
@@ -88,7 +88,7 @@ def no_network(monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
-TOWER_FIELDS = ("text.kind=open_clip", "text.width=32", "dfgn.text_width=32", "text.buckets=0")
+TOWER_FIELDS = ("text.kind=open_clip", "text.width=32", "dfgn.text_width=32")
 
 
 @pytest.fixture(scope="session")
@@ -107,38 +107,14 @@ def tower_dfgn(tower_argv, tmp_path_factory):
     return run
 
 
-def sd_vae_names():
-    """Tensors of Stable Diffusion's VAE as published: [(name in diffusers, in diffusers before, in CompVis, shape)], sorted by the first."""
-    rows, widths = [], (128, 256, 512, 512)
-
-    def layer(new, compvis, shape, old=None):
-        rows.extend((f"{new}.{w}", f"{old or new}.{w}", f"{compvis}.{w}", s) for w, s in (("weight", shape), ("bias", shape[:1])))
-
-    def resnet(new, compvis, cin, cout):
-        for part, shape in dict(norm1=(cin,), conv1=(cout, cin, 3, 3), norm2=(cout,), conv2=(cout, cout, 3, 3)).items():
-            layer(f"{new}.{part}", f"{compvis}.{part}", shape)
-        if cin != cout:
-            layer(f"{new}.conv_shortcut", f"{compvis}.nin_shortcut", (cout, cin, 1, 1))
-
-    for side, order, blocks in (("encoder", widths, 2), ("decoder", widths[::-1], 3)):
-        way = dict(encoder="down", decoder="up")[side]
-        layer(f"{side}.conv_in", f"{side}.conv_in", (order[0], 3 if side == "encoder" else 4, 3, 3))
-        for i, width in enumerate(order):
-            n = i if side == "encoder" else 3 - i                     # CompVis counts the decoder's levels from the image
-            for j in range(blocks):
-                resnet(f"{side}.{way}_blocks.{i}.resnets.{j}", f"{side}.{way}.{n}.block.{j}", order[max(i - 1, 0)] if j == 0 else width, width)
-            if i < 3:
-                layer(f"{side}.{way}_blocks.{i}.{way}samplers.0.conv", f"{side}.{way}.{n}.{way}sample.conv", (width, width, 3, 3))
-        mid = f"{side}.mid_block.attentions.0"
-        layer(f"{mid}.group_norm", f"{side}.mid.attn_1.norm", (512,))
-        for new, old, compvis in (("to_q", "query", "q"), ("to_k", "key", "k"), ("to_v", "value", "v"), ("to_out.0", "proj_attn", "proj_out")):
-            layer(f"{mid}.{new}", f"{side}.mid.attn_1.{compvis}", (512, 512), f"{mid}.{old}")
-        for j in (0, 1):
-            resnet(f"{side}.mid_block.resnets.{j}", f"{side}.mid.block_{j + 1}", 512, 512)
-        layer(f"{side}.conv_norm_out", f"{side}.norm_out", (order[-1],))
-        layer(f"{side}.conv_out", f"{side}.conv_out", (8 if side == "encoder" else 3, order[-1], 3, 3))
-    layer("quant_conv", "quant_conv", (8, 8, 1, 1)), layer("post_quant_conv", "post_quant_conv", (4, 4, 1, 1))
-    return sorted(rows)
+# From diffusers' names to those before its attention was renamed, and to CompVis's.
+OLD_NAMES = dict(to_q="query", to_k="key", to_v="value", to_out="proj_attn")
+COMPVIS_NAMES = ((r"attentions\.0\.to_(q|k|v)", r"attn_1.\1"), (r"attentions\.0\.to_out\.0", "attn_1.proj_out"),
+                 (r"attentions\.0\.group_norm", "attn_1.norm"), ("mid_block", "mid"),
+                 (r"mid\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}"), (r"down_blocks", "down"),
+                 (r"up_blocks\.(\d)", lambda m: f"up.{3 - int(m[1])}"),  # counted from the image
+                 (r"resnets", "block"), (r"(up|down)samplers\.0", r"\1sample"), ("conv_shortcut", "nin_shortcut"),
+                 ("conv_norm_out", "norm_out"))
 
 
 @pytest.fixture(scope="session")
@@ -146,11 +122,22 @@ def sd_vae():
     """{naming: state dict} of Stable Diffusion's VAE, filled by a formula: every tensor is told from every other."""
     import numpy as np
     import torch
-    names, found = sd_vae_names(), dict(diffusers={}, old={}, compvis={})
-    for i, (new, old, compvis, shape) in enumerate(names):
-        wave = np.sin(np.arange(np.prod(shape), dtype=np.float64) * (1.7 + 0.001 * i) + i).reshape(shape)
-        scale = 0.1 * wave if new.endswith("bias") else 1 + 0.2 * wave if len(shape) == 1 else wave * (2 / np.prod(shape[1:])) ** 0.5
-        w = torch.from_numpy(scale.astype(np.float32))
-        found["diffusers"][new] = found["old"][old] = w
-        found["compvis"][compvis] = w[:, :, None, None] if ".attn_1." in compvis and w.dim() == 2 else w  # 1x1 convolutions there
+
+    from model import SD_VAE, VAE
+    with torch.device("meta"):
+        shapes = {name: w.shape for name, w in VAE(SD_VAE).state_dict().items() if not name.startswith("latent_")}
+    found = dict(diffusers={}, old={}, compvis={})
+    for i, (name, shape) in enumerate(sorted(shapes.items())):
+        w = np.sin(np.arange(np.prod(shape), dtype=np.float64) * (1.7 + 0.001 * i) + i).reshape(shape)
+        if name.endswith("bias"):
+            w = 0.1 * w
+        else:
+            w = 1 + 0.2 * w if len(shape) == 1 else w * (2 / np.prod(shape[1:])) ** 0.5
+        w = torch.from_numpy(w.astype(np.float32))
+        old = re.sub(r"to_out\.0|to_[qkv]", lambda m: OLD_NAMES[m[0].partition(".")[0]], name)
+        compvis = name
+        for pattern, new in COMPVIS_NAMES:
+            compvis = re.sub(pattern, new, compvis)
+        found["diffusers"][name] = found["old"][old] = w
+        found["compvis"][compvis] = w[:, :, None, None] if ".attn_1." in compvis and w.dim() == 2 else w  # convolutions
     return found

@@ -1,0 +1,198 @@
+"""The VAE: latent diffusion's AutoencoderKL, named so that Stable Diffusion's weights load as they are.
+
+`c` is a model.VAEConfig: widths, layers, groups, patch, image_channels, latent_channels, shortcut, kl_weight."""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lib.cpu import attend
+
+
+class VAEResnet(nn.Module):
+    def __init__(self, cin, cout, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, cin, eps=1e-6)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, cout, eps=1e-6)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        if cin != cout:
+            self.conv_shortcut = nn.Conv2d(cin, cout, 1)
+
+    def forward(self, x):
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+
+
+class VAEAttention(nn.Module):
+    """One head over all cells of an image."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (N, h*w, C)
+        q, k, v = (f(tokens)[:, None] for f in (self.to_q, self.to_k, self.to_v))
+        out = self.to_out[0](attend(q, k, v)[:, 0])
+        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class VAEMid(nn.Module):
+    def __init__(self, width, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList(VAEResnet(width, width, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([VAEAttention(width, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Sampler(nn.Module):
+    """Stride-2 convolution (padded right and below alone, as latent diffusion does), or nearest and convolution."""
+
+    def __init__(self, width, up):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+class VAELevel(nn.Module):
+    """Residual blocks, then a sampler; named as in Stable Diffusion's weights."""
+
+    def __init__(self, cin, cout, layers, groups, sampler=None):
+        super().__init__()
+        self.resnets = nn.ModuleList(VAEResnet(cin if i == 0 else cout, cout, groups) for i in range(layers))
+        if sampler:
+            setattr(self, sampler, nn.ModuleList([Sampler(cout, up=sampler == "upsamplers")]))
+        self.sampler = sampler
+
+    def forward(self, x):
+        for resnet in self.resnets:
+            x = resnet(x)
+        return getattr(self, self.sampler)[0](x) if self.sampler else x
+
+
+class Encoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        w, last = c.widths, len(c.widths) - 1
+        self.conv_in = nn.Conv2d(c.image_channels * c.patch ** 2, w[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i in range(len(w)):
+            sampler = "downsamplers" if i < last else None
+            self.down_blocks.append(VAELevel(w[max(i - 1, 0)], w[i], c.layers, c.groups, sampler))
+        self.mid_block = VAEMid(w[-1], c.groups)
+        self.conv_norm_out = nn.GroupNorm(c.groups, w[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(w[-1], 2 * c.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        w, last = c.widths[::-1], len(c.widths) - 1
+        self.conv_in = nn.Conv2d(c.latent_channels, w[0], 3, padding=1)
+        self.mid_block = VAEMid(w[0], c.groups)
+        self.up_blocks = nn.ModuleList()
+        for i in range(len(w)):
+            sampler = "upsamplers" if i < last else None
+            self.up_blocks.append(VAELevel(w[max(i - 1, 0)], w[i], c.layers + 1, c.groups, sampler))
+        self.conv_norm_out = nn.GroupNorm(c.groups, w[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(w[-1], c.image_channels * c.patch ** 2, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+def compose(x, background):
+    """Premultiplied RGBA (N, 4, H, W) in [-1, 1] over background (N, 3) in [-1, 1] -> RGB (N, 3, H, W); RGB stays."""
+    if x.shape[1] == 3:
+        return x
+    alpha = (x[:, 3:] + 1) / 2
+    return x[:, :3] + (1 - alpha) * (background[:, :, None, None] + 1)
+
+
+class VAE(nn.Module):
+    """AutoencoderKL of latent diffusion. Images (N, C, H, W) in [-1, 1]; latents (N, c, H/f, W/f).
+
+    `latent_mean` and `latent_std` standardise latents; train.py measures them at the end. The deviation is one number
+    for all channels, as Stable Diffusion's scaling factor is: channels keep the weight that they have in pixels."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.encoder, self.decoder = Encoder(c), Decoder(c)
+        self.quant_conv = nn.Conv2d(2 * c.latent_channels, 2 * c.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(c.latent_channels, c.latent_channels, 1)
+        if c.shortcut:
+            self.shortcut_in = nn.Conv2d(c.image_channels, c.latent_channels, c.factor, stride=c.factor)
+            self.shortcut_out = nn.ConvTranspose2d(c.latent_channels, c.image_channels, c.factor, stride=c.factor)
+            for p in (*self.quant_conv.parameters(), *self.decoder.conv_out.parameters()):
+                nn.init.zeros_(p)
+        self.register_buffer("latent_mean", torch.zeros(c.latent_channels))
+        self.register_buffer("latent_std", torch.ones(c.latent_channels))
+
+    def images(self, x):
+        """Premultiplied RGBA (..., 4, H, W) in [-1, 1] on the VAE's device, on white where it has no alpha."""
+        x = x.to(self.latent_mean.device)
+        return x if self.config.image_channels == 4 else x[..., :3, :, :] + 1 - x[..., 3:, :, :]
+
+    def moments(self, x):
+        """Images (N, C, H, W) -> mean and log-variance, each (N, c, h, w), not standardised."""
+        mean, logvar = self.quant_conv(self.encoder(F.pixel_unshuffle(x, self.config.patch))).chunk(2, dim=1)
+        if self.config.shortcut:
+            mean, logvar = mean + self.shortcut_in(x), logvar - 8  # starts near-deterministic: sd 0.02
+        return mean, logvar.clamp(-30, 20)
+
+    def reconstruct(self, z):
+        """Latents as `moments` gives them -> images (N, C, H, W), not clamped."""
+        x = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
+        return x + self.shortcut_out(z) if self.config.shortcut else x
+
+    def standardise(self, z):
+        return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+
+    def encode(self, x):
+        """Images (N, C, H, W) -> standardised mean latents (N, c, h, w)."""
+        return self.standardise(self.moments(x)[0])
+
+    def decode(self, z):
+        """Standardised latents (N, c, h, w) -> images (N, C, H, W), not clamped."""
+        return self.reconstruct(z * self.latent_std[:, None, None] + self.latent_mean[:, None, None])
+
+    def forward(self, x, background, noise):
+        """Loss of each image (N,): squared and absolute error on a solid colour, absolute error of alpha, KL.
+
+        x (N, C, H, W) premultiplied, background (N, 3) in [-1, 1], noise like the latents. On a solid colour, as what
+        lies under alpha 0 must not matter."""
+        mean, logvar = self.moments(x)
+        y = self.reconstruct(mean + torch.exp(0.5 * logvar) * noise).float()
+        error = compose(y, background) - compose(x, background)
+        kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).float()
+        loss = (error ** 2 + 0.1 * error.abs()).mean((1, 2, 3)) + self.config.kl_weight * kl
+        return loss if x.shape[1] == 3 else loss + 0.1 * (y[:, 3:] - x[:, 3:]).abs().mean((1, 2, 3))
+
+    @torch.no_grad()
+    def start_shortcut(self, x):
+        """Set the linear path to the principal components of the f x f patches of images x (N, C, H, W)."""
+        c, f = self.config.latent_channels, self.config.factor
+        patches = F.unfold(x, f, stride=f).transpose(1, 2).flatten(0, 1)  # (N*h*w, C*f*f)
+        mean = patches.mean(0)
+        _, scale, axes = torch.linalg.svd(patches - mean, full_matrices=False)
+        axes, scale = axes[:c].view(c, -1, f, f), scale[:c].square().mean().sqrt() / len(patches) ** 0.5
+        self.shortcut_in.weight.copy_(axes / scale), self.shortcut_out.weight.copy_(axes * scale)
+        self.shortcut_in.bias.copy_(-(axes / scale * mean.view_as(axes[0])).sum((1, 2, 3)))
+        self.shortcut_out.bias.copy_(mean.view_as(axes[0]).mean((1, 2)))

@@ -1,0 +1,105 @@
+"""Numbers of evaluate.py that need no network: Fréchet distances, their intervals and limits, PSNR.
+
+Sources: Dowson and Landau, 1982 (Fréchet distance of Gaussians); Efron and Tibshirani, 1993 (bootstrap, jackknife);
+Chong and Forsyth, 2020 (extrapolation to infinitely many samples)."""
+import numpy as np
+import torch
+
+PSNR_CAP = 50.0                                  # dB: a copied frame that did not move would have an infinite one
+
+
+def center_and_factor(x):
+    """Features (N, D) -> (mean (D,), A) with A.T @ A the covariance (over N - 1) and at most D rows in A."""
+    if len(x) < 2:
+        raise ValueError(f"a Fréchet distance needs at least 2 samples a set, not {len(x)}")
+    mean = x.mean(0)
+    A = (x - mean) / np.sqrt(len(x) - 1)
+    return mean, np.linalg.qr(A, mode="r") if len(A) > A.shape[1] else A
+
+
+def frechet(a, b):
+    """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2) of features (N, D) and (M, D), in float64.
+
+    With S1 = A.T A and S2 = B.T B the last trace is the nuclear norm of A B.T: exact where N <= D, too."""
+    (m1, A), (m2, B) = (center_and_factor(np.asarray(x, np.float64)) for x in (a, b))
+    nuclear_norm = np.linalg.svd(A @ B.T, compute_uv=False).sum()
+    return float(((m1 - m2) ** 2).sum() + (A ** 2).sum() + (B ** 2).sum() - 2 * nuclear_norm)
+
+
+def standardise(reference, *others):
+    """Every set (n, D) less the reference's mean, over its deviation: a list, the reference first.
+
+    A constant feature has deviation 1, and none less than a tenth of the median: a channel that one sticker in hundreds
+    wakes would outweigh all others."""
+    std = reference.std(0)
+    constant = std <= 1e-9 * np.abs(reference).max(0)
+    std = np.where(constant, 1, np.maximum(std, 0.1 * np.median(std)))
+    return [(x - reference.mean(0)) / std for x in (reference, *others)]
+
+
+def fd(reference, other):
+    """Fréchet distance a feature, (N, D) and (M, D) standardised by the reference."""
+    return frechet(*standardise(reference, other)) / reference.shape[1]
+
+
+def bootstrap(values, statistic=np.mean, draws=2000, seed=0):
+    """95 % percentile interval (low, high) of statistic(values, axis), values (n,) resampled with replacement."""
+    rows = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
+    low, high = np.percentile(statistic(np.asarray(values)[rows], axis=1), (2.5, 97.5))
+    return float(low), float(high)
+
+
+def bootstrap_fd(reference, other, draws=200, seed=0, paired=False, distance=fd):
+    """95 % interval (low, high) of a distance at this number of clips; paired: row i of both sets is one concept's.
+
+    A resampled set has fewer distinct clips, so its distance is biased upward: the percentiles are moved until their
+    median is the measured value, and end at 0. Over 120 draws of 48 of 526 stickers the interval held the mean distance
+    of 48 clips in 87 to 100 % of the cases; plain percentiles did in 12 to 93 %, reversed ones in 23 to 79 %."""
+    rng, values = np.random.default_rng(seed), []
+    for _ in range(draws):
+        i = rng.integers(len(reference), size=len(reference))
+        j = i if paired else rng.integers(len(other), size=len(other))
+        values.append(distance(reference[i], other[j]))
+    low, middle, high = np.percentile(values, (2.5, 50, 97.5))
+    value = distance(reference, other)
+    return max(float(value + low - middle), 0.0), float(value + high - middle)
+
+
+def line_to_infinity(reference, other, rng, sizes=4, draws=3):
+    """Where a line in 1/n through the Fréchet distances of random subsets of half to all clips ends at 1/n = 0."""
+    n, inverse, values = min(len(reference), len(other)), [], []
+    for k in np.unique(np.linspace(n / 2, n, sizes).astype(int)):
+        for _ in range(draws if k < n else 1):
+            inverse.append(1 / k)
+            values.append(frechet(*(x[rng.choice(len(x), k, replace=False)] for x in (reference, other))))
+    return np.polynomial.polynomial.polyfit(inverse, values, 1)[0]
+
+
+def extrapolate(reference, other, groups=8, seed=0):
+    """(Fréchet distance at infinitely many clips, its jackknife standard error); row i of both sets is one concept's.
+
+    For 400 features: right at 1,024 clips (18.6 for a true 18.4, bare 94), nine times too large at 256 (168)."""
+    if (n := min(len(reference), len(other))) < 4 * groups:
+        raise ValueError(f"extrapolation to infinitely many clips needs at least {4 * groups} a set, not {n}")
+    rng, left = np.random.default_rng(seed), []
+    for g in range(groups):
+        left.append(line_to_infinity(*(x[np.arange(len(x)) % groups != g] for x in (reference, other)), rng))
+    error = np.sqrt((groups - 1) / groups * ((left - np.mean(left)) ** 2).sum())
+    return float(line_to_infinity(reference, other, rng)), float(error)
+
+
+def psnr(x, y):
+    """Arrays (N, ...) in 0..1 -> dB of each row (N,), 10 log10 (1 / mean squared error), at most PSNR_CAP."""
+    error = ((np.asarray(x, np.float64) - y) ** 2).mean(tuple(range(1, np.ndim(x))))
+    return -10 * np.log10(np.maximum(error, 10 ** (-PSNR_CAP / 10)))
+
+
+def on_white(rgba):
+    """(..., 4) uint8 straight RGBA -> (..., 3) float32 in 0..1."""
+    x = rgba.astype(np.float32) / 255
+    return x[..., :3] * x[..., 3:] + 1 - x[..., 3:]
+
+
+def to_signed(clips):
+    """uint8 (N, T, H, W, 3) -> float32 (N, T, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(clips).movedim(-1, 2).float() / 127.5 - 1

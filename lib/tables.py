@@ -1,0 +1,123 @@
+"""Markdown tables of what evaluate.py measured, of runs side by side, and of the paper's numbers beside ours."""
+import json
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from lib.checkpoints import flat
+from lib.files import UserError
+
+COLUMNS = ("FVD", "VQA", "CLIP", "FD-app", "FD-mot", "dB over copying")   # of the paper's tables
+
+
+def markdown(head, rows):
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def with_interval(value, interval=None, digits=2):
+    """"1.23 [1.00, 1.50]", or the number alone."""
+    ends = f" [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]" if interval else ""
+    return f"{value:.{digits}f}{ends}"
+
+
+def score_cell(scores, name, digits=2):
+    return with_interval(scores[name]["mean"], scores[name]["interval"], digits) if scores and name in scores else "-"
+
+
+def psnr_table(tasks):
+    """A row for each task: the model and the baselines, in dB over the frames that are not given."""
+    names = ("model", "copy", "blend", "vae", "model - copy")
+    head = ["PSNR of unknown frames, dB", "model", "copy nearest", "blend in a loop", "VAE round trip", "model - copy"]
+    return markdown(head, [[task, *(score_cell(t["psnr"], name) for name in names)] for task, t in tasks.items()])
+
+
+def distance_cell(d, name):
+    if not d or name not in d:
+        return "-"
+    if name == "FVD-inf":
+        return f"{d[name][0]:.1f} +- {d[name][1]:.1f}"
+    return with_interval(**d[name], digits=1 if name == "FVD" else 2)
+
+
+def distance_table(tasks, vae, floor):
+    """A row for each task, for copying in it, for the VAE's round trip, and for as many other real clips."""
+    rows = {}
+    for task, t in tasks.items():
+        rows[task] = t["fd"]
+        if t["fd_copy"]:
+            rows[f"copy nearest, {task}"] = t["fd_copy"]
+    rows.update({"VAE round trip": vae, "floor: real, other concepts": floor})
+    names = [*(("FVD", "FVD-inf") if "FVD" in vae else ()), "FD-app", "FD-mot"]
+    cells = [[label, str(d["n"]) if d else "-", *(distance_cell(d, k) for k in names)] for label, d in rows.items()]
+    return markdown(["distance to the real clips", "n", *names], cells)
+
+
+def score_table(tasks, real):
+    """Mean of every score that each clip has, for the tasks and for the real stickers; "" where there is none."""
+    rows = {**{task: t["scores"] for task, t in tasks.items()}, "real stickers": real}
+    names = list(dict.fromkeys(name for scores in rows.values() for name in scores))
+    cells = [[label, *(score_cell(scores, name, 3) for name in names)] for label, scores in rows.items()]
+    return markdown(["mean of a clip", *names], cells) if names else ""
+
+
+def check_alike(option, reports):
+    """UserError unless all reports ({run: report}) measured the same on the same stickers."""
+    (first, report), *others = reports.items()
+    for run, other in others:
+        for key in ("set", "split", "n", "seed", "sampler", "protocol", "files", "metrics"):
+            if other.get(key) != report.get(key):
+                raise UserError(f"{option} {run}: evaluated with another {key} than {first}; evaluate both alike")
+        if list(other["tasks"]) != list(report["tasks"]):
+            raise UserError(f"{option} {run}: evaluated on other --tasks than {first}; evaluate both alike")
+
+
+def read_run(run):
+    """(configuration, flat; what was measured; cells of a table) of a run that was evaluated."""
+    try:
+        config, report = (json.loads((Path(run) / name).read_text()) for name in ("config.json", "eval.json"))
+        trained = {k: v for k, v in config["train"].items() if k not in ("set", "out")}
+        trained = flat(dict(train=trained, model=config["model"]))
+        margins = [score_cell(t["psnr"], "model - copy") for t in report["tasks"].values() if t["psnr"]]
+        distances = [", ".join(f"{t['fd'][name]['value']:.2f}" for name in ("FD-app", "FD-mot"))
+                     for t in report["tasks"].values()]
+        return trained, report, [str(report["step"]), *margins, *distances]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"--compare {run}: config.json and eval.json of a dfgn run are needed ({error}); "
+                        f"`python evaluate.py --run {run}` makes the latter") from None
+
+
+def compare(runs):
+    """A row for each run folder: how its configuration differs from the first one's, and what was measured."""
+    found = {run: read_run(run) for run in runs}
+    check_alike("--compare", {run: report for run, (_, report, _) in found.items()})
+    first, report, _ = found[runs[0]]
+
+    def changes(trained):
+        differing = {k.split(".", 1)[1]: json.dumps(v) for k, v in trained.items() if first.get(k) != v}
+        return ", ".join(f"{k}={v}" for k, v in differing.items()) or "-"
+    given = [f"{task}, dB over copying" for task, t in report["tasks"].items() if t["psnr"]]
+    head = ["run", "differs in", "step", *given, *(f"{task}, FD-app, FD-mot" for task in report["tasks"])]
+    rows = [[Path(run).name, changes(trained), *cells] for run, (trained, _, cells) in found.items()]
+    return f"{report['protocol']}\n\n{markdown(head, rows)}"
+
+
+def over_seeds(values):
+    """Mean over runs and its 95 % interval by Student's t; of one run no interval."""
+    mean, k = float(np.mean(values)), len(values)
+    reach = float(stats.t.ppf(0.975, k - 1) * np.std(values, ddof=1) / k ** 0.5) if k > 1 else None
+    return dict(value=mean, interval=(mean - reach, mean + reach) if k > 1 else None)
+
+
+def paper_table(paper, ours):
+    """A row for each method; paper: {row: {metric: number}}, ours: {row: [{metric: number} of every run]}."""
+    published = list(dict.fromkeys(metric for row in paper.values() for metric in row))
+    names = [m for m in COLUMNS if m in published or any(m in values for runs in ours.values() for values in runs)]
+
+    def cells(row):
+        theirs, runs = paper.get(row, {}), ours.get(row, [])
+        means = [with_interval(**over_seeds([v[m] for v in runs])) if runs and m in runs[0] else "-" for m in names]
+        return [row, *(f"{theirs[m]:g}" if m in theirs else "-" for m in published), str(len(runs) or "-"), *means]
+    head = ["method", *(f"{m}, paper" for m in published), "our runs",
+            *(f"{m}, ours" if m in published else m for m in names)]
+    return markdown(head, [cells(row) for row in dict.fromkeys((*paper, *ours))])

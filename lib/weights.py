@@ -1,0 +1,287 @@
+"""Model files: weights that are not trusted, our own models, Stable Diffusion's VAE, open_clip's text towers.
+
+Nothing in a file is executed (safetensors, torch.load(weights_only=True)); sizes are checked before memory is taken."""
+import hashlib
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from lib.files import UserError, atomic_write, file_hash, first_line
+
+# ---- reading
+
+def read_checkpoint(path, **options):
+    """What torch.save wrote: tensors and plain values. ValueError or UnpicklingError for a file of anything else."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+        if any("/code/" in member.filename for member in members):
+            raise ValueError("a TorchScript archive, which holds code; take its .safetensors file or state_dict, or, "
+                             "where you trust it, torch.save(torch.jit.load(FILE).state_dict(), OTHER)")
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            raise ValueError("unpacks to more than the file is long; torch.save compresses nothing")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, **options)
+    except UnpicklingError as error:             # torch's own message advises to load the file without the guard
+        objects = "it holds other Python objects too, which could run code; take its .safetensors file or state_dict"
+        raise UnpicklingError(objects if "Unsupported" in str(error) else "damaged, or of another kind") from None
+    if found is None:
+        raise ValueError("holds nothing")
+    return found
+
+
+def read_weights(path, option, prefixes=("",)):
+    """{name: tensor} of a .safetensors file, or of one that torch.save wrote, which may be nested as "state_dict".
+
+    prefixes: beginnings of the names that are wanted, a tuple; the file is mapped, so that others cost no memory."""
+    if not Path(path).is_file():
+        raise UserError(f"{option} {path}: no such file")
+    try:
+        if Path(path).suffix == ".safetensors":
+            with safe_open(str(path), "pt") as file:
+                found = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
+        else:
+            found = read_checkpoint(path, mmap=zipfile.is_zipfile(path))
+    except Exception as error:                   # a file of another kind may raise nearly anything
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{option} {path}: cannot be read as weights ({reason})") from None
+    found = found.get("state_dict", found) if isinstance(found, dict) else found
+    weights = {k: w for k, w in found.items() if str(k).startswith(prefixes)} if isinstance(found, dict) else {}
+    plain = [torch.is_tensor(w) and w.device.type == "cpu" and w.layout == torch.strided for w in weights.values()]
+    if not plain or not all(plain):
+        wanted = f" that begins with {', '.join(prefixes)}" if any(prefixes) else ""
+        raise UserError(f"{option} {path}: holds no weights by name{wanted}")
+    return weights
+
+
+def check_fit(net, weights, option, path):
+    """UserError names what is missing, unknown or of another shape. The network may be on the meta device."""
+    wanted = net.state_dict()
+    wrong = {"missing": wanted.keys() - weights.keys(), "unknown": weights.keys() - wanted.keys(), "of another shape": [
+        f"{k} {tuple(v.shape)} instead of {tuple(wanted[k].shape)}"
+        for k, v in weights.items() if k in wanted and v.shape != wanted[k].shape]}
+    reasons = [f"{what} {len(names)} ({', '.join(sorted(map(str, names))[:3])}{', ...' if len(names) > 3 else ''})"
+               for what, names in wrong.items() if names]
+    if reasons:
+        raise UserError(f"{option} {path}: not the weights of {type(net).__name__}: {'; '.join(reasons)}".lstrip())
+
+
+def load_strict(net, weights, option, path, assign=False):
+    """`net` with the weights, in eval mode and frozen. UserError unless they fit; batch norm's counters may be missing.
+
+    assign: the tensors themselves become the parameters, of a network on the meta device."""
+    weights = {**{k: v for k, v in net.state_dict().items() if k.endswith("num_batches_tracked")}, **weights}
+    check_fit(net, weights, option, path)
+    net.load_state_dict(weights, assign=assign)
+    return net.eval().requires_grad_(False)
+
+
+# ---- our own model.safetensors
+def save_model(path, weights, **metadata):
+    """Weights as .safetensors, atomically; metadata values must be JSON-able."""
+    weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+
+    def write(temporary):
+        temporary.touch()
+        mode = temporary.stat().st_mode          # safetensors itself writes files that nobody else may read
+        save_file(weights, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
+        temporary.chmod(mode)
+    atomic_write(path, write)
+
+
+def read_metadata(path):
+    """The metadata that save_model was given."""
+    with safe_open(str(path), "pt") as file:
+        return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+
+
+def is_own(path):
+    """True for a file that save_model wrote."""
+    try:
+        with safe_open(str(path), "pt") as file:
+            return "kind" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
+def check_metadata(path, metadata, kind):
+    """UserError for metadata that train.py does not write for this kind of model."""
+    if metadata.get("kind") != kind:
+        raise UserError(f"{path}: holds {metadata.get('kind', 'something else')!r}, {kind!r} is needed")
+    types = dict(config=dict, step=int, **(dict(vae=str, vae_file=str) if kind == "dfgn" else {}))
+    wrong = [name for name, wanted in types.items() if type(metadata.get(name)) is not wanted]
+    if wrong:
+        raise UserError(f"{path}: not what train.py writes (metadata.{wrong[0]} is missing or of another type)")
+
+
+def load_model(path, kind, build, advice):
+    """(network in eval mode and frozen, metadata) of a file that train.py wrote; UserError for any other.
+
+    kind: "vae" or "dfgn". build(configuration) -> network; it runs on the meta device first, which takes no memory.
+    advice: end of the message where there is no file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such model; {advice}")
+    try:
+        metadata, weights = read_metadata(path), load_file(path)
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable .safetensors model ({first_line(error)})") from None
+    check_metadata(path, metadata, kind)
+    config = metadata["config"]
+    try:
+        parts = [part for part in config.values() if isinstance(part, dict)]
+        if any(part.get("layers", 0) * len(part.get("widths", "1")) > len(weights) for part in parts):
+            raise ValueError("more layers than the file has weights")     # slow to build even on the meta device
+        with torch.device("meta"):
+            net = build(config)
+    except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, ArithmeticError) as error:
+        reason = first_line(error)
+        raise UserError(f"{path}: its configuration is not of this version of model.py ({reason})") from None
+    check_fit(net, weights, "", path)
+    return load_strict(build(config), weights, "", path), metadata
+
+
+# ---- Stable Diffusion's VAE
+SD_PREFIXES = ("first_stage_model.", "encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+SD_SCALE = 0.18215                               # of Stable Diffusion 1 and 2: latents times it: deviation near 1
+
+
+def sd_vae_weights(weights, levels=4):
+    """{name: tensor} of the VAE in Stable Diffusion's weights: a VAE alone, or a full checkpoint.
+
+    Named as in diffusers (autoencoder_kl.py), before or after its attention was renamed, or as in CompVis's latent
+    diffusion (model.py, autoencoder.py). ValueError for two tensors of one name."""
+    patterns = (
+        (r"\.down\.(\d+)\.", r".down_blocks.\1."),
+        (r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}."),
+        (r"_blocks\.(\d+)\.block\.", r"_blocks.\1.resnets."), (r"\.(up|down)sample\.", r".\1samplers.0."),
+        (r"\.nin_shortcut\.", ".conv_shortcut."), (r"\.norm_out\.", ".conv_norm_out."),
+        (r"\.mid\.block_(\d+)\.", lambda m: f".mid_block.resnets.{int(m[1]) - 1}."),
+        (r"\.mid\.attn_1\.", ".mid_block.attentions.0."), (r"\.attentions\.0\.norm\.", ".attentions.0.group_norm."),
+        (r"\.attentions\.0\.([qkv])(uery|ey|alue)?\.", r".attentions.0.to_\1."),
+        (r"\.attentions\.0\.proj_(out|attn)\.", ".attentions.0.to_out.0."))
+    full = {k.removeprefix(SD_PREFIXES[0]): v for k, v in weights.items() if k.startswith(SD_PREFIXES[0])}
+    named = {}
+    for theirs, w in (full or weights).items():
+        if theirs.startswith(("loss.", "model_ema.")):  # of the VAE's own training
+            continue
+        ours = theirs                                                    # the patterns change it one after another
+        for pattern, new in patterns:
+            ours = re.sub(pattern, new, ours)
+        if ours in named:
+            raise ValueError(f"{theirs}: a second tensor for {ours}")
+        is_conv = ".attentions." in ours and w.shape[2:] == (1, 1)       # CompVis's attention; ours is linear
+        named[ours] = w.flatten(1) if is_conv else w
+    return named
+
+
+# ---- open_clip's text towers
+VOCAB, LENGTH = 49408, 77                        # of CLIP's tokenizer
+TOWER_PREFIXES = ("text.", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
+
+
+class TextTower(nn.Module):
+    """The text transformer of an open_clip model, frozen: its last block at all positions, normalised, not projected.
+
+    config: open_clip's; ValueError for one with another tokenizer than CLIP's. The parameters stay on the meta device
+    until the weights, named as tower_weights names them, are loaded with assign=True."""
+
+    def __init__(self, config):
+        super().__init__()
+        from open_clip.model import _build_text_tower
+        text = config["text_cfg"]
+        for name in ("hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "embed_cls"):
+            if text.get(name):
+                raise ValueError(f"its text_cfg has {name}={text[name]!r}; towers on CLIP's own tokens can be used")
+        length, vocab = text.get("context_length", LENGTH), text.get("vocab_size", VOCAB)
+        if (length, vocab) != (LENGTH, VOCAB):
+            raise ValueError(f"it reads {length} tokens of {vocab}, not {LENGTH} of {VOCAB}")
+        with torch.device("meta"):
+            self.text = _build_text_tower(config["embed_dim"], text, config.get("quick_gelu", False))
+        self.text.text_projection, self.width = None, self.text.width
+        if self.text.attn_mask is not None:
+            self.text.attn_mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)
+
+    def forward(self, tokens):
+        """tokens (B, 77) int64 -> features (B, 77, width)."""
+        x = self.text.token_embedding(tokens) + self.text.positional_embedding
+        return self.text.ln_final(self.text.transformer(x, attn_mask=self.text.attn_mask))
+
+
+def tower_weights(weights):
+    """{name: float32 tensor} of a TextTower from an open_clip model's weights, where it may lie under "text."."""
+    named = {k: v for k, v in weights.items() if k.startswith("text.")} or {f"text.{k}": v for k, v in weights.items()}
+    return {k: v.float() for k, v in named.items() if not k.startswith(("text.text_projection", "text.attn_mask"))}
+
+
+def read_clip_config(folder):
+    """open_clip's configuration in a folder; ValueError for absurd sizes, as open_clip allocates what it reads."""
+    config = json.loads((Path(folder) / "open_clip_config.json").read_text())["model_cfg"]
+    parts = (config, config["text_cfg"], config["vision_cfg"])
+    largest = max(n for part in parts for n in part.values() if isinstance(n, (int, float)))
+    if largest >= 2**20 or config["text_cfg"].get("layers", 0) >= 2**10:
+        raise ValueError(f"{largest} is no size of a model")
+    return config
+
+
+def find_clip(path, name, option):
+    """(file of weights, open_clip's configuration) of a file and its model's name, or of a folder that holds both."""
+    import open_clip
+    folder, file = Path(path).is_dir(), Path(path)
+    if folder:
+        files = [f for f in file.glob("open_clip_*") if f.suffix in (".safetensors", ".bin")]
+        file = min(files, default=file)
+    if not file.is_file():
+        raise UserError(f"{option} {path}: no such file, or a folder without open_clip_model.safetensors")
+    if not folder and name not in open_clip.list_models():
+        raise UserError(f"--clip-model {name}: not a model of open_clip, such as ViT-H-14 or ViT-B-32")
+    try:
+        return file, read_clip_config(path) if folder else open_clip.get_model_config(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{option} {path}: no open_clip_config.json with a model_cfg ({error!r})") from None
+
+
+def name_tower(path, name, width):
+    """dict(file, model, hash) of an open_clip model's text tower. UserError for another width, before anything slow."""
+    weights, config = find_clip(path, name, "--clip-weights")
+    try:
+        tower = TextTower(config)
+    except Exception as error:                   # open_clip passes on whatever a wrong configuration raises
+        raise UserError(f"--clip-weights {path}: its text tower cannot be used ({first_line(error)})") from None
+    if tower.width != width:
+        raise UserError(f"--clip-weights {path}: a text tower of width {tower.width}, text.width is {width}")
+    made_of = json.dumps([file_hash(weights), config["text_cfg"], config.get("quick_gelu", False)], sort_keys=True)
+    return dict(file=str(path), model=name, hash=hashlib.sha256(made_of.encode()).hexdigest())
+
+
+def load_tower(path, name):
+    """The TextTower in an open_clip model's weights, float32; the model's other parts are not read."""
+    file, config = find_clip(path, name, "--clip-weights")
+    weights = read_weights(file, "--clip-weights", TOWER_PREFIXES)
+    if sum(w.numel() * w.element_size() for w in weights.values()) > os.path.getsize(file):
+        raise UserError(f"--clip-weights {path}: its tensors are larger than the file")  # expanded ones
+    return load_strict(TextTower(config), tower_weights(weights), "--clip-weights", path, assign=True)
+
+
+def tower_for(model_path, metadata, clip_weights, width):
+    """The TextTower that a DFGN was trained with, from clip_weights or from its place at that time; None if without."""
+    trained = metadata.get("text")
+    if not trained:
+        if clip_weights:
+            raise UserError(f"--clip-weights {clip_weights}: {model_path} has a text encoder; leave the option out")
+        return None
+    if not isinstance(trained, dict) or not all(isinstance(trained.get(k), str) for k in ("file", "model", "hash")):
+        raise UserError(f"{model_path}: not what train.py writes (metadata.text is of another type)")
+    path = clip_weights or trained["file"]
+    if not clip_weights and not Path(path).exists():
+        raise UserError(f"{model_path}: trained with the text tower in {path}, now gone; name it by --clip-weights")
+    if name_tower(path, trained["model"], width)["hash"] != trained["hash"]:
+        raise UserError(f"--clip-weights {path}: not the text tower that {model_path} was trained with")
+    return load_tower(path, trained["model"])

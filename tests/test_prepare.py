@@ -1,0 +1,221 @@
+"""lib/prepare.py: the same set at any number of workers and after any kill; what is refused; reading a set."""
+import functools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lib import prepare as prepare_module
+from lib.files import UserError, read_jsonl
+from lib.index import Index
+from lib.media import read_animation, write_animation
+from lib.prepare import prepare
+from lib.sources import plain_job
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sizes(frames):
+    """Stands for data.key_table."""
+    return dict(mean=int(frames.mean()))
+
+
+def slowly(job):
+    return time.sleep(0.01) or job
+
+
+def die_at(file, job):
+    if job["file"] == file:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return job
+
+
+def jobs_of(folder, n=320):
+    """Jobs of 12 small files, in turn; every fortieth is broken."""
+    files = sorted(p.name for p in folder.glob("*.*") if p.name != "broken.webp")
+    names = enumerate((files[i % 12] if i % 40 else "broken.webp" for i in range(1, n + 1)), 1)
+    return [plain_job(name, folder / name, f"sticker {i} of {i % 50}", [0, 2] if i % 3 else []) for i, name in names]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("files")
+    for i in range(12):
+        frames = np.zeros((1 if i % 2 else 3 + i, 16, 18, 4), np.uint8)
+        for j, frame in enumerate(frames):
+            frame[4:12, j:j + 5] = 20 * i, 30, 60, 255
+        write_animation(root / f"{i:02}.{('webp', 'gif', 'png')[i % 3]}", frames, 40)
+    (root / "broken.webp").write_bytes(b"RIFF")
+    return root
+
+
+def make(files, out, n=320, source="test", size=8, **options):
+    prepare(out, size, source, lambda: jobs_of(files, n), sizes, total=n, **options)
+    return out
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(files, tmp_path_factory):
+    return make(files, tmp_path_factory.mktemp("whole") / "set", workers=1)
+
+
+def test_the_set_is_the_same_at_any_number_of_workers(files, whole, tmp_path):
+    make(files, tmp_path / "set", workers=3)
+    assert contents(tmp_path / "set") == contents(whole)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".set.lock", "set"]
+
+
+def test_records_and_frames_are_those_of_the_files(files, whole, capsys):
+    index = Index(whole)
+    assert len(index) == index.meta["stickers"] == 312 and len(index.meta["shards"]) == 20     # 320 jobs, 16 a shard
+    for record in (index[0], index[150], index[-1]):
+        number = int(record["caption"].split()[1])
+        frames, durations = read_animation(files / record["file"], 24, 8)
+        assert np.array_equal(index.frames[record["first"]:record["first"] + record["n"]], frames)
+        assert record["durations"] == durations and record["mean"] == int(frames.mean())
+        assert record.get("keyframe_idx") == ([i for i in (0, 2) if i < record["n"]] if number % 3 else None)
+    skipped = [line for _, line in read_jsonl(whole / "skipped.jsonl")]
+    assert [s["file"] for s in skipped] == ["broken.webp"] * 8 and "cannot be read as an image" in skipped[0]["reason"]
+    assert all(s["file"] != "broken.webp" for s in index)             # left out, never swapped for another
+    assert list(index.select(np.array([5, 2]))) == [index[5], index[2]] and index[40:42] == [index[40], index[41]]
+    names = sorted({r["concept"] for r in index})
+    assert [names[c] for c in index.columns["concept"]] == [r["concept"] for r in index]
+
+
+def test_a_finished_set_is_not_written_over(files, whole, capsys):
+    make(files, whole)
+    assert "already prepared (312 stickers" in capsys.readouterr().out
+    for other in (dict(size=12), dict(source="another"), dict(most=5)):
+        with pytest.raises(UserError, match=r"holds something else \(test\); remove it or give another"):
+            make(files, whole, **other)
+
+
+def test_a_killed_run_goes_on_behind_its_whole_shards(files, whole, tmp_path, capsys):
+    out, part = tmp_path / "set", tmp_path / ".set.part"
+    code = "import sys, test_prepare as t, pathlib; t.make(*map(pathlib.Path, sys.argv[1:]), read=t.slowly)"
+    process = subprocess.Popen([sys.executable, "-c", code, files, out], stdout=subprocess.PIPE,
+                               env=dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"))
+    while process.poll() is None and len(list(part.glob("parts/*.jsonl"))) < 4:
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="set is being written by another process"):
+        make(files, out)
+    process.kill()
+    process.communicate(timeout=20)              # ends when no worker has the pipe any more
+    finished = [f"frames-{p.stem}.bin" for p in part.glob("parts/*.jsonl")]
+    time_of = {name: (part / name).stat().st_mtime_ns for name in finished}
+    assert 4 <= len(time_of) < 20 and not out.exists()
+    make(files, out, workers=1)
+    assert contents(out) == contents(whole) and not part.exists()
+    assert {name: (out / name).stat().st_mtime_ns for name in time_of} == time_of              # not made again
+    assert "going on behind" in capsys.readouterr().out
+
+
+def test_a_dead_worker_is_a_sentence_and_nothing_is_lost(files, whole, tmp_path):
+    fatal = jobs_of(files)
+    fatal[300]["file"] = "fatal"
+    with pytest.raises(UserError, match=r"set: a worker died \(out of memory\?\); the same command goes on from here"):
+        prepare(tmp_path / "set", 8, "test", lambda: fatal, sizes, total=320, read=functools.partial(die_at, "fatal"))
+    assert len(list(tmp_path.glob(".set.part/parts/*.jsonl"))) >= 10
+    make(files, tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(whole)
+
+
+def test_an_interrupted_run_of_something_else_is_refused(files, whole, tmp_path):
+    def stops():
+        yield from jobs_of(files)[:96]
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path / "set", 8, "test", stops, sizes, total=320, workers=1)
+    for other, reason in ((dict(size=12), "size 8 there, 12 here"), (dict(most=5), "most_frames 24 there, 5 here")):
+        with pytest.raises(UserError, match=f"interrupted run of something else .{reason}.; remove it"):
+            make(files, tmp_path / "set", **other)
+    make(files, tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(whole)
+
+
+def test_too_much_skipped_is_an_error_with_three_reasons(files, tmp_path):
+    bad = [plain_job(f"gone-{i}.webp", tmp_path / f"gone-{i}.webp", "x") for i in range(4)]
+    again = functools.partial(prepare, tmp_path / "set", 8, "test", lambda: jobs_of(files, 32) + bad, sizes, total=36)
+    with pytest.raises(UserError, match=r"^4 of 36 .*5 %.*: gone-0.webp: .*; gone-1.webp: .*; gone-2.webp: [^;]*$"):
+        again()
+    assert len(list(tmp_path.glob(".set.part/parts/*"))) == 2
+    [shutil.copy(files / "00.webp", job["source"]) for job in bad]    # mended
+    again()
+    assert len(Index(tmp_path / "set")) == 36
+    with pytest.raises(UserError, match="0 of 0"):
+        prepare(tmp_path / "none", 8, "test", list, sizes)
+    assert not (tmp_path / ".none.part").exists()
+
+
+def test_a_source_without_its_files_is_given_up_early(tmp_path):
+    jobs = map(lambda i: plain_job(f"{i}.webp", tmp_path / f"{i}.webp", "x"), range(10000))
+    with pytest.raises(UserError, match="cannot be used"):
+        prepare(tmp_path / "set", 8, "test", lambda: jobs, sizes, workers=1, total=10000)
+    assert len(list(jobs)) > 7000
+
+
+def test_unusable_jobs_are_skipped_with_a_reason(files, tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/link.gif").symlink_to(files / "01.gif")
+    bad = {"no caption": plain_job("a", "a", " "), "a caption of 2001 characters": plain_job("b", "b", "x" * 2001),
+           "surrogate": plain_job("c", "c", "half \ud800"), "a NUL": plain_job("d\0", "d\0", "x"),
+           "--allow-outside follows it": plain_job("e", tmp_path / "root/link.gif", "x", root=tmp_path / "root")}
+    prepare(tmp_path / "set", 8, "test", lambda: [*bad.values(), *jobs_of(files, 39) * 4], sizes, workers=1)
+    lines = [line for _, line in read_jsonl(tmp_path / "set/skipped.jsonl")]
+    assert [line["file"] for line in lines] == [job["file"] for job in bad.values()]
+    assert all(re.search(reason, line["reason"]) for reason, line in zip(bad, lines, strict=True))
+
+
+def test_no_file_is_longer_than_the_bound(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_module, "SHARD_BYTES", 5 * 4 * 8 * 8 * 6 + 10)       # five stickers of six frames
+    frames = Index(make(files, tmp_path / "set", 39, most=6)).frames
+    shards = [np.fromfile(p, np.uint8) for p in sorted((tmp_path / "set").glob("*.bin"))]
+    assert len(shards) == 8 and max(map(len, shards)) <= prepare_module.SHARD_BYTES
+    every = np.concatenate(shards).reshape(-1, 8, 8, 4)
+    for key in (slice(None), slice(3, 90, 7), slice(5, 5), [0, 50, 7], 11, np.int64(-2)):
+        assert np.array_equal(frames[key], every[key])
+    assert frames.shape == every.shape and frames[[]].shape == (0, 8, 8, 4)
+    with pytest.raises(IndexError):
+        frames[[0, len(every)]]
+
+
+def edit(name, old, new):
+    return lambda f: (f / name).write_bytes(re.sub(old, new, (f / name).read_bytes(), flags=re.S))
+
+
+def edit_table(column, value):
+    def change(folder):
+        table = np.load(folder / "index.npy")
+        table[column][1] = value
+        np.save(folder / "index.npy", table)
+    return change
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (edit("meta.json", b".*", b"["), "meta.json: corrupt"), (edit("meta.json", b"groups", b"x"), "meta.json: corrupt"),
+    (edit("meta.json", b'"version": 3', b'"version": 2'), "meta.json: of version 2, this program writes 3"),
+    (edit("meta.json", b'"size": 8', b'"size": 9'), "frames-00000.bin is of the wrong length"),
+    (edit("meta.json", b'"stickers": 312', b'"stickers": 999'), "index.npy does not fit"),
+    (lambda f: (f / "frames-00001.bin").unlink(), "frames-00001"), (lambda f: (f / "index.npy").unlink(), "index.npy"),
+    (edit("index.npy", rb"\(312,\)", b"(99999,)"), "the set"), (edit_table("n", 9), "index.npy"),
+    (edit_table("end", 10**15), "index"), (edit_table("split", 3), "index.npy"), (edit_table("group", 99), "index.npy"),
+    (edit("index.jsonl", b".{9}$", b""), "index.jsonl does"), (edit("index.jsonl", b'{"file"', b'?"file"'), "not JSON"),
+    (edit("index.jsonl", b'"first": 3', b'"first": 4'), "line .*: does not fit index.npy")], ids=range(15))
+def test_damaged_sets_are_refused(whole, tmp_path, damage, reason):
+    shutil.copytree(whole, tmp_path / "set")
+    damage(tmp_path / "set")
+    with pytest.raises(UserError, match=f"{tmp_path}.*{reason}"):
+        list(Index(tmp_path / "set"))
+    with pytest.raises(UserError, match="meta.json: no prepared set here; make one with"):
+        Index(tmp_path)
