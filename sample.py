@@ -34,7 +34,7 @@ from lib.media import (
     write_animation,
 )
 from lib.options import check_least
-from lib.weights import tower_for
+from lib.towers import tower_for
 from model import load_rdtf, load_vae
 
 DEFAULTS = dict(steps=50, eta=1.0, text_scale=7.5, image_scale=7.5)     # paper Table 6
@@ -272,7 +272,8 @@ def main(argv=None):
     sampler = Sampler(args.model, args.vae, clip_weights=args.clip_weights)
     task, frames, mask = read_given(args, sampler)
     prompts = ["" if task == "i2v" else p for p in args.prompt for _ in range(args.num)] or [""] * args.num
-    settings = {name: getattr(args, name) for name in DEFAULTS}
+    settings = sampler.settings(**{name: getattr(args, name) for name in DEFAULTS})
+    timesteps(sampler.config.diffusion.steps, settings["steps"])  # refuses too many
     clips = []
     for i in tqdm(range(0, len(prompts), args.batch), f"{task}, {len(prompts)} stickers"):
         part = range(i, min(i + args.batch, len(prompts)))

@@ -37,12 +37,13 @@ from curriculum import MODES, Curriculum
 from data import TASKS, rng_for
 from lib import loop
 from lib.autoencoder import compose
-from lib.checkpoints import append, check_same_config, lock_run, states, write_config
+from lib.checkpoints import append, check_equal, check_same_config, lock_run, states, write_config
 from lib.distributed import gather, on_all_ranks, setup
 from lib.files import UserError, file_hash, first_line, rows, run_cli
 from lib.media import to_tensor
 from lib.options import check_least, check_shares, check_words, flag, parse_fields
-from lib.weights import load_tower, name_tower, save_model
+from lib.towers import load_tower, name_tower
+from lib.weights import save_model
 from model import RDTF, VAE, load_rdtf, load_vae, preset
 
 COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
@@ -275,12 +276,6 @@ def text_features(c, texts, inputs, width, device, batch=64):
             tokens = data.tokenize([texts[k] for k in range(i, min(i + batch, len(texts)))])
             yield tower(tokens.to(device))[max(start - i, 0):].half().cpu().numpy()  # the same batches after a kill
     return rows(path, len(texts), (77, width), np.float16, make)
-
-
-def check_equal(file, found, wanted, free=()):
-    for name, value in asdict(wanted).items():
-        if getattr(found, name) != value and name not in free:
-            raise UserError(f"{file}: trained with {name} {getattr(found, name)}, the preset has {value}")
 
 
 def load_base(net, path, inputs):

@@ -3,6 +3,7 @@ import contextlib
 import json
 import os
 import sys
+from dataclasses import asdict
 
 from lib.files import UserError, atomic_write, first_line, lock
 from lib.options import flag
@@ -91,6 +92,13 @@ def check_same_config(run, config, may_change, defaults):
     if old["world"] != config["world"]:
         changed.append(f"{config['world']} processes instead of {old['world']}")
     return old["precision"], changed
+
+
+def check_equal(file, found, wanted, free=()):
+    """UserError for a model file whose configuration is not the wanted one. free: fields that may differ."""
+    for name, value in asdict(wanted).items():
+        if getattr(found, name) != value and name not in free:
+            raise UserError(f"{file}: trained with {name} {getattr(found, name)}, the preset has {value}")
 
 
 def step_of(line):

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from lib.files import UserError, file_hash
-from lib.weights import find_clip, read_weights
+from lib.towers import find_clip
+from lib.weights import read_weights
 
 
 class CLIPExtractor:

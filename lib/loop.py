@@ -86,11 +86,14 @@ def pick_precision(asked, net, stage):
     if stage.rank == 0:
         _, batch, _ = next(stage.batches(0))
         part, seconds = micro_batches(batch, stage.config.accumulate)[0], {}
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)                 # several would spend processor time waiting for each other
         for precision in ("float32", "bf16") * 3:
             began = time.process_time()          # of this process alone: others may keep the machine busy
             compute_losses(net, part, precision, stage.device).mean().backward()
             net.zero_grad(set_to_none=True)
             seconds[precision] = min(time.process_time() - began, seconds.get(precision, math.inf))
+        torch.set_num_threads(threads)
         choice = ["bf16" if seconds["bf16"] < 0.9 * seconds["float32"] else "float32"]
         times = " and ".join(f"{s:.2f} s in {precision}" for precision, s in seconds.items())
         print(f"--precision auto: {choice[0]} (CPU time of a step: {times})")

@@ -1,6 +1,7 @@
 """lib/files.py and lib/options.py: nothing half-written is read, one process writes at a time, errors are one line."""
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -177,3 +178,14 @@ def test_options_from_a_dataclass(capsys):
     with pytest.raises(UserError, match="--share 1.5: a share is 0 to 1"):
         check_shares(Options(share=1.5), "share")
     check_least(options, steps=3), check_words(options, tasks=("a", "b")), check_shares(options, "share")
+
+
+def test_arrows_point_one_way():
+    """tools/ -> scripts -> lib/: lib imports no script, and nobody imports train.py."""
+    scripts = {"model", "data", "curriculum", "train", "sample", "evaluate"}
+    imported = {path: set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M))
+                for folder in (".", "lib", "tools") for path in (ROOT / folder).glob("*.py")}
+    assert len(imported) > 20
+    for path, names in imported.items():
+        assert "train" not in names and "tools" not in names, path
+        assert path.parent.name != "lib" or not names & scripts, path

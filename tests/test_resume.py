@@ -242,7 +242,8 @@ def test_a_killed_loader_is_told_in_a_sentence(argv, tmp_path, monkeypatch):
 # ---- several processes
 
 def start(arguments, ranks=1, restarts=0):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                f"--max-restarts={restarts}"]
     command = [sys.executable, *(launcher if ranks > 1 else []), SCRIPT, *arguments]
     return subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 

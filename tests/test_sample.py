@@ -12,7 +12,8 @@ import sample
 from data import TASKS, tokenize
 from lib.files import UserError, file_hash
 from lib.media import read_animation, square, write_animation
-from lib.weights import load_tower, save_model
+from lib.towers import load_tower
+from lib.weights import save_model
 from model import PRESETS, RDTF, VAE, Diffusion, DiffusionConfig, load_rdtf, preset
 from sample import Sampler, branches, ddim, ddim_step, guided_eps, place_frames, timesteps
 

@@ -11,6 +11,7 @@ from conftest import TINY_CLIP
 from safetensors.torch import save_file
 
 from data import tokenize
+from lib import towers
 from lib import weights as W
 from lib.files import UserError
 from model import PRESETS, RDTF, SD_VAE, Config, load_rdtf, load_vae
@@ -222,19 +223,19 @@ def copied(clip_folder, folder, **text):
 def test_every_layout_of_open_clips_weights_gives_the_same_tower(layout, clip_folder, tmp_path, no_network):
     import open_clip
     whole = open_clip.create_model(f"local-dir:{clip_folder}", weights_only=True).eval()
-    weights, parts = whole.state_dict(), (*W.TOWER_PREFIXES, "text_projection")
+    weights, parts = whole.state_dict(), (*towers.TOWER_PREFIXES, "text_projection")
     custom = {f"text.{k}" if k.startswith(parts) else k: v for k, v in weights.items()}
     saved = dict(plain=weights, custom=custom, half={k: v.half() for k, v in custom.items()})[layout]
     folder = copied(clip_folder, tmp_path / "clip")
     (folder / "open_clip_pytorch_model.bin").unlink()
     save_file(saved, folder / "open_clip_model.safetensors")
-    tower, texts = W.load_tower(folder, "x"), tokenize(["red heart", "", "a # dog"])
+    tower, texts = towers.load_tower(folder, "x"), tokenize(["red heart", "", "a # dog"])
     assert not any(p.requires_grad or p.is_meta or p.dtype != torch.float32 for p in tower.parameters())
     with torch.no_grad():
         x = whole.token_embedding(texts) + whole.positional_embedding
         want = whole.ln_final(whole.transformer(x, attn_mask=whole.attn_mask))
         assert torch.allclose(tower(texts), want, atol=1e-2 if layout == "half" else 1e-5)
-    assert W.name_tower(folder, "x", 32)["hash"] != W.name_tower(clip_folder, "x", 32)["hash"]
+    assert towers.name_tower(folder, "x", 32)["hash"] != towers.name_tower(clip_folder, "x", 32)["hash"]
 
 
 def test_towers_that_cannot_be_used(clip_folder, tmp_path, no_network):
@@ -249,27 +250,27 @@ def test_towers_that_cannot_be_used(clip_folder, tmp_path, no_network):
         cases.append((copied(clip_folder, tmp_path / next(iter(change)), **change), "", reason))
     for path, name, reason in cases:
         with pytest.raises(UserError, match=reason):
-            W.name_tower(path, name, 32)
+            towers.name_tower(path, name, 32)
     with pytest.raises(UserError, match=r"not the weights of TextTower: missing 12 \(text.transformer.resblocks.2"):
-        W.load_tower(copied(clip_folder, tmp_path / "deep", layers=3), "")
+        towers.load_tower(copied(clip_folder, tmp_path / "deep", layers=3), "")
     wide = copied(clip_folder, tmp_path / "wide")                     # one number, expanded: maybe to terabytes
     torch.save({"token_embedding.weight": torch.zeros(1).half().expand(1000, 1000)}, wide / file.name)
     with pytest.raises(UserError, match="wide: its tensors are larger than the file"):
-        W.load_tower(wide, "")
+        towers.load_tower(wide, "")
 
 
 def test_the_tower_of_a_model(clip_folder, tmp_path):
     moved = copied(clip_folder, tmp_path / "moved")
-    meta = dict(text=W.name_tower(tmp_path / "moved", "x", 32))
-    assert W.tower_for("m", meta, None, 32).width == 32 and W.tower_for("m", {}, None, 32) is None
+    meta = dict(text=towers.name_tower(tmp_path / "moved", "x", 32))
+    assert towers.tower_for("m", meta, None, 32).width == 32 and towers.tower_for("m", {}, None, 32) is None
     with pytest.raises(UserError, match="--clip-weights .*: m has a text encoder; leave"):
-        W.tower_for("m", {}, clip_folder, 32)
+        towers.tower_for("m", {}, clip_folder, 32)
     with pytest.raises(UserError, match="m: not what train.py writes"):
-        W.tower_for("m", dict(text=[1]), None, 32)
+        towers.tower_for("m", dict(text=[1]), None, 32)
     (moved / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=dict(TINY_CLIP, quick_gelu=True))))
     with pytest.raises(UserError, match="not the text tower that m was trained with"):  # another network
-        W.tower_for("m", meta, None, 32)
+        towers.tower_for("m", meta, None, 32)
     shutil.rmtree(moved)
     with pytest.raises(UserError, match="m: trained with the text tower in .*moved, now gone"):
-        W.tower_for("m", meta, None, 32)
-    assert W.tower_for("m", meta, clip_folder, 32).width == 32       # the same weights at another place
+        towers.tower_for("m", meta, None, 32)
+    assert towers.tower_for("m", meta, clip_folder, 32).width == 32       # the same weights at another place

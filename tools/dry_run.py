@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.files import UserError, run_cli  # noqa: E402
 from lib.options import check_least, check_words, parse_fields  # noqa: E402
-from lib.weights import LENGTH  # noqa: E402
+from lib.towers import LENGTH  # noqa: E402
 from model import RDTF, VAE, Layer, count, preset  # noqa: E402
 
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.files import UserError, first_line, run_cli  # noqa: E402
 from lib.media import FORMATS, MAX_PIXELS, read_animation  # noqa: E402
 
-SECONDS = 60                                     # the largest file that may be read takes about 10
+SECONDS = 60                                     # more than that is a hang
 MEMORY = int(8 * MAX_PIXELS) + 2**31             # bytes of address space: its frames twice, and the libraries
 EXTREMES = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 
