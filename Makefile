@@ -37,7 +37,7 @@ runs/demo-stills/trained: runs/demo-vae/trained
 	touch $@
 
 runs/demo/trained: runs/demo-stills/trained
-	$(PY) train.py $(DEMO) --base runs/demo-stills/model.safetensors --still-share 0.25 --steps 400 --out runs/demo
+	$(PY) train.py $(DEMO) --base runs/demo-stills/model.safetensors --still-share 0.25 --steps 400 --lr 4e-4 --out runs/demo
 	touch $@
 
 runs/demo/stickers.png: runs/demo/trained
