@@ -139,6 +139,9 @@ class VAEStage:
         vae.load_state_dict(weights)
         measure_latents(vae, self.stickers, self.config.seed)
         psnr = vae_psnr(vae, data.StickerSet(self.config.data, "test", self.config.groups or None))
+        if not len(psnr):
+            print("VAE: no sticker is held out, so nothing is measured")
+            return vae.state_dict(), {}
         error = 1.96 * psnr.std() / len(psnr) ** 0.5
         print(f"VAE: held-out PSNR on white {psnr.mean():.2f} dB (n = {len(psnr)}, 95 % +- {error:.2f})")
         return vae.state_dict(), dict(psnr=float(psnr.mean()))
@@ -266,6 +269,8 @@ def text_features(c, texts, inputs, width, device, batch=64):
                           c.word_dropout, c.keywords])
     path = Path(c.data) / f"text-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.f16"
     need, free = len(texts) * 77 * width * 2, shutil.disk_usage(c.data).free
+    part = Path(f"{path}.part")
+    free += part.stat().st_size if part.is_file() else 0     # of an interrupted run
     if not path.is_file() and need > free:
         raise UserError(f"--text-variants {c.text_variants}: features of {len(texts)} texts are {need / 1e9:.1f} GB, "
                         f"{free / 1e9:.1f} GB are free in {c.data}; fewer variants need less")

@@ -81,7 +81,7 @@ def pick_precision(asked, net, stage):
     if asked != "auto":
         return asked
     if stage.device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     choice = ["float32"]
     if stage.rank == 0:
         _, batch, _ = next(stage.batches(0))

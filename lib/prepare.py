@@ -111,7 +111,10 @@ def write_shards(work, jobs, length, workers, done, total):
             if len(running) == 2 * workers:      # no more at a time: jobs may hold the files' bytes
                 record(running.popleft())
             if bar.n >= 1000 and too_many_skipped(done):
-                break
+                while running:                   # they count too: fewer than 5 % after all, and the rest must be read
+                    record(running.popleft())
+                if too_many_skipped(done):
+                    break
             running.append(pool.submit(work, number, chunk))
         for future in running:
             record(future)

@@ -165,6 +165,14 @@ def test_a_source_without_its_files_is_given_up_early(tmp_path):
     assert len(list(jobs)) > 7000
 
 
+def test_bad_files_in_a_row_cut_no_set_short(files, tmp_path):
+    """55 of the first 1,054 are broken, too many there, but not when the shard under way is counted, nor of all."""
+    names = ["broken.webp"] * 55 + ["01.gif"] * 1945
+    jobs = [plain_job(name, files / name, f"sticker {i}") for i, name in enumerate(names)]
+    prepare(tmp_path / "set", 4, "test", lambda: iter(jobs), sizes, workers=1, total=len(jobs))
+    assert len(Index(tmp_path / "set")) == 1945
+
+
 def test_unusable_jobs_are_skipped_with_a_reason(files, tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root/link.gif").symlink_to(files / "01.gif")
