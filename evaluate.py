@@ -279,8 +279,10 @@ def find_rows(options):
     for option in options:
         name, _, pattern = option.partition("=")
         folders = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())
-        if not name.strip() or not folders:
+        if not name.strip() or not pattern:
             raise UserError(f"--rows {option}: write \"NAME=PATTERN\", in quotes, the pattern that of run folders")
+        if not folders:
+            raise UserError(f"--rows {option}: no run folder matches {pattern}")
         found.setdefault(name.strip(), []).extend(folders)
     return found
 
