@@ -138,7 +138,7 @@ def lock(path, what, wait=False):
     busy = f"{what} is being written by another process"
     held = FileLock(str(path))
     try:
-        held.acquire(timeout=0)
+        held.acquire(timeout=0 if wait else 3)   # a killed process's children may hold it a moment longer
     except Timeout:
         if not wait:
             raise UserError(f"{busy}; wait until it is done, or write somewhere else") from None
