@@ -5,7 +5,6 @@
 
 Few unknown frames make an easy task (low entropy), many a hard one. A task's probability is proportional to a static
 weight, a straight line over the training, plus an adaptive one that follows the loss through a PID score.
-
 Modes: none (uniform; the paper's "w/o CL"), linear (static alone; LCL), adaptive (static + adaptive; DCL).
 """
 import argparse

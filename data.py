@@ -20,9 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
-from lib.files import UserError, numbered_lines, rows, run_cli
+from lib.files import UserError, cache_path, numbered_lines, rows, run_cli
 from lib.index import SPLITS, Index
 from lib.media import MAX_FRAMES, even_frames, to_tensor
 from lib.options import check_least
@@ -228,8 +227,10 @@ class StickerSet:
         self.meta, self.size, self.frames = index.meta, index.meta["size"], index.frames
         chosen = np.full(len(index), True) if split is None else index.columns["split"] == SPLITS.index(split)
         if groups is not None:
-            numbers = [i for i, name in enumerate(self.meta["groups"]) if name in groups]
-            chosen &= np.isin(index.columns["group"], numbers)
+            known = self.meta["groups"]
+            if unknown := [name for name in groups if name not in known]:
+                raise UserError(f"--groups {' '.join(unknown)}: {folder} has {', '.join(known)}")
+            chosen &= np.isin(index.columns["group"], [known.index(name) for name in groups])
         self.records = index.select(np.flatnonzero(chosen))
         columns = index.columns[chosen]
         self.lengths, self.concept = columns["n"].copy(), columns["concept"].astype(np.int64)
@@ -246,11 +247,6 @@ class StickerSet:
     def concepts(self):
         """Sorted names of the concepts."""
         return [self.records[ids[0]]["concept"] for ids in self.members]
-
-    @functools.cached_property
-    def by_concept(self):
-        """Name of a concept -> numbers of its records."""
-        return dict(zip(self.concepts, self.members))
 
     def clip(self, record, idx):
         """(len(idx), S, S, 4) uint8 straight RGBA."""
@@ -274,7 +270,7 @@ class Members(Sequence):
 
 def latents_path(stickers, vae_hash):
     """Where the latents of a set under a VAE lie."""
-    return stickers.folder / f"latents-{vae_hash[:12]}-{stickers.meta['hash'][:12]}.bin"
+    return cache_path(stickers.folder, "latents", [vae_hash, stickers.meta["hash"]])
 
 
 @torch.no_grad()
@@ -285,12 +281,11 @@ def cache_latents(folder, vae, vae_hash):
     pixels = 2 ** (21 if vae.latent_mean.is_cuda else 18)        # at once; the widest layers are as large as the image
     batch = min(max(pixels // stickers.size ** 2, 1), 64)
 
-    def encode(start):
-        first = start - start % batch            # the batches of an interrupted run again: rounding depends on them
-        for i in tqdm(range(first, n, batch), "encoding latents", mininterval=2):
-            moments = torch.stack(vae.moments(vae.images(to_tensor(stickers.frames[i:i + batch]))), 1)
-            yield moments[max(start - i, 0):].float().clamp(-65504, 65504).half().cpu().numpy()
-    return rows(latents_path(stickers, vae_hash), n, (2, vae.config.latent_channels, side, side), np.float16, encode)
+    def encode(part):
+        moments = torch.stack(vae.moments(vae.images(to_tensor(stickers.frames[part]))), 1)
+        return moments.float().clamp(-65504, 65504).half().cpu().numpy()
+    shape, path = (2, vae.config.latent_channels, side, side), latents_path(stickers, vae_hash)
+    return rows(path, n, shape, np.float16, batch, encode, "encoding latents")
 
 
 # ---- training clips

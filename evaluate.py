@@ -3,7 +3,6 @@
     python evaluate.py --run runs/dfgn                                   # six tasks: tables on stdout, RUN/eval.json
     python evaluate.py --run runs/dfgn --tasks t2v it2v --sheet out.png  # and the first clips of each task, not picked
     python evaluate.py --i3d i3d_pretrained_400.pt --dover DOVER.pth --clip open_clip_pytorch_model.bin
-    python evaluate.py --prompts captions.txt --sheet out.png            # fixed captions, nothing is measured
     python evaluate.py --compare runs/a runs/b                           # a row for each run that was evaluated
     python evaluate.py --table 3 --rows "DFGN=runs/ablations/sti-*" "DFGN + DDU=runs/ablations/ddu-*"  # or 1, 2, 4, 8
 
@@ -29,8 +28,8 @@ from lib.clip import clip_scores
 from lib.cpu import keep_memory
 from lib.distances import bootstrap, bootstrap_fd, extrapolate, frechet, on_white, psnr
 from lib.dover import dover_fuse
-from lib.extractors import cached, extractors, features_of
-from lib.files import UserError, atomic_write, file_hash, numbered_lines, run_cli
+from lib.extractors import extractors, features_of
+from lib.files import UserError, atomic_write, cache_path, file_hash, read_json, rows, run_cli
 from lib.media import check_sheet, contact_sheet, even_frames, to_rgba, to_tensor
 from lib.options import check_least
 from lib.standins import fd_app, fd_mot
@@ -108,6 +107,8 @@ class Run:
         self.folder, self.args, self.model = Path(folder), args, Path(folder) / "model.safetensors"
         if not self.model.is_file():
             raise UserError(f"--run {folder}: no model.safetensors there; `python train.py --out {folder}` trains one")
+        trained = read_json(self.folder / "config.json").get("train", {})
+        args.data = args.data or trained.get("data", "data/fluent")
         self.sampler = Sampler(self.model, args.vae, clip_weights=args.clip_weights)
         self.sha256, self.code = file_hash(self.model), {name: file_hash(ROOT / name) for name in SAMPLING_CODE}
         self.settings = self.sampler.settings(**{name: getattr(args, name) for name in DEFAULTS})
@@ -124,15 +125,7 @@ class Run:
             given = dict(frames=real, cond_mask=np.stack([mask] * len(real))) if mask.any() else {}
             return self.sampler.sample(prompts, [(seed, k) for k in numbers], **given, **self.settings)
         n, *shape = test.clips.shape
-        return cached(self.folder / "eval", task, made_of, n, shape, np.uint8, self.args.batch, make)
-
-    def clips_for(self, prompts):
-        """t2v clips for any captions."""
-        clips, seeds = [], [(self.args.seed, k) for k in range(len(prompts))]
-        for i in trange(0, len(prompts), self.args.batch, desc="t2v"):
-            part = slice(i, i + self.args.batch)
-            clips += list(self.sampler.sample(prompts[part], seeds[part], **self.settings))
-        return clips
+        return rows(cache_path(self.folder / "eval", task, made_of), n, shape, np.uint8, self.args.batch, make, task)
 
 
 class EvalSet:
@@ -247,12 +240,6 @@ def write_json(path, value):
     atomic_write(path, lambda p: p.write_text(json.dumps(value, indent=1)))
 
 
-def save_sheet(path, clips, labels, marks=None):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet(clips, path, labels=labels, marks=marks)
-    print(path)
-
-
 def evaluate(args):
     """All about --run: tables on stdout, RUN/eval.json, a sheet of the first clips, each above its ground truth."""
     run = Run(args.run, args)
@@ -268,7 +255,8 @@ def evaluate(args):
         clips = [clip for task, k in first for clip in (made[task][k], test.clips[k])]
         labels = [label for task, k in first for label in (f"{task}: {test.captions[k]}", "ground truth")]
         marks = [mask for task, _ in first for mask in (eval_mask(task, test.T, test.T) > 0, np.zeros(test.T, bool))]
-        save_sheet(args.sheet, clips, labels, marks)
+        contact_sheet(clips, args.sheet, labels=labels, marks=marks)
+        print(args.sheet)
 
 
 # ---- the paper's tables
@@ -365,11 +353,10 @@ def parse(argv=None):
     add = parser.add_mutually_exclusive_group().add_argument
     add("--compare", nargs="+", metavar="RUN", help="print a row for each of these evaluated runs")
     add("--table", choices=(*sorted(TABLES), "8"), help="print a table of the paper, its numbers beside ours")
-    add("--prompts", help="file of captions, one a line: write a t2v --sheet of all of them")
     add = parser.add_argument
     add("--run", default="runs/dfgn", help="folder with model.safetensors (default: %(default)s)")
     add("--rows", nargs="+", default=[], metavar="NAME=PATTERN", help="of --table: run folders, one for each seed")
-    add("--data", default="data/fluent", help="prepared set (default: %(default)s)")
+    add("--data", help="prepared set; default: that of the run, or of the first of --rows")
     add("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
     add("--groups", nargs="+", help="emoji groups to evaluate on; default: all")
     add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all six")
@@ -399,8 +386,6 @@ def parse(argv=None):
 
 def check(args):
     check_least(args, n=2, batch=1, sheet_rows=1, seed=0, steps=1)
-    if args.prompts and not args.sheet:
-        raise UserError("--prompts: say with --sheet FILE.png where the stickers go")
     if bool(args.rows) != (args.table in TABLES):
         raise UserError("--rows \"NAME=PATTERN\" ...: names the runs of --table 1, 2, 3 or 4")
     if args.i3d_eps is not None and args.i3d_eps <= 0:
@@ -420,11 +405,6 @@ def main(argv=None):
         head, *lines = table8(PRESETS["paper"])
         write_json(args.out or "out/table-8.json", [head, *lines])
         print(markdown(head, lines))
-    elif args.prompts:
-        prompts = [p for _, line in numbered_lines(args.prompts) if (p := line.decode(errors="replace").strip())]
-        if not prompts:
-            raise UserError(f"--prompts {args.prompts}: write one caption a line")
-        save_sheet(args.sheet, Run(args.run, args).clips_for(prompts), prompts)
     else:
         evaluate(args)
 

@@ -349,17 +349,6 @@ class Layer(nn.Module):
         return self.temporal(self.spatial(x, clip), clip) if self.attend else x
 
 
-class Upsampler(nn.Module):
-    """Nearest, then a convolution."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0))
-
-
 class KnownEncoder(nn.Module):
     """Known frames and their mask -> features as wide as a latent: per-frame convolutions, then attention over time."""
 
@@ -423,7 +412,8 @@ class DFGN(nn.Module):
                 width = w[level]
             self.up.append(nn.ModuleList(layers))
             if level > 0:
-                self.upsamplers.append(Upsampler(width))
+                up = nn.Upsample(scale_factor=2.0), nn.Conv2d(width, width, 3, padding=1)
+                self.upsamplers.append(nn.Sequential(*up))
         self.norm_out = nn.GroupNorm(c.groups, width)
         self.conv_out = zero_(nn.Conv2d(width, c.channels, 3, padding=1))
 

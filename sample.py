@@ -19,20 +19,9 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS, tokenize
+from lib import media
 from lib.cpu import keep_memory
 from lib.files import UserError, file_hash, run_cli
-from lib.media import (
-    PLATFORMS,
-    check_sheet,
-    contact_sheet,
-    encode_for,
-    even_frames,
-    read_animation,
-    square,
-    to_rgba,
-    to_tensor,
-    write_animation,
-)
 from lib.options import check_least
 from lib.towers import tower_for
 from model import load_rdtf, load_vae
@@ -130,7 +119,7 @@ class Sampler:
         side = self.config.vae.side
         known = torch.zeros(*mask.shape, self.config.dfgn.channels, side, side)
         if mask.any():
-            x = to_tensor(np.asarray(frames)[mask.numpy() > 0])          # (given, 4, S, S)
+            x = media.to_tensor(np.asarray(frames)[mask.numpy() > 0])    # (given, 4, S, S)
             known[mask > 0] = self.vae.encode(self.vae.images(x)).cpu()
         return known.to(self.device)
 
@@ -146,7 +135,7 @@ class Sampler:
         rngs = [np.random.default_rng(s) for s in seeds]
         settings = self.settings(**settings)
         z = ddim(self.net, tokenize(prompts), known, mask.to(self.device), rngs, tower=self.tower, **settings)
-        out = to_rgba(self.vae.decode(z.flatten(0, 1)).unflatten(0, (B, self.T)))
+        out = media.to_rgba(self.vae.decode(z.flatten(0, 1)).unflatten(0, (B, self.T)))
         if mask.any():
             given = mask.numpy() > 0
             out[given] = np.asarray(frames)[given]                       # to the last bit
@@ -166,7 +155,7 @@ def place_frames(frames, task, T):
         if n < 2:
             raise UserError("--frames: interpolation needs at least two frames")
         places = list(range(0, T, 2 if n >= (T + 1) // 2 else 3))[:n]
-        chosen = [frames[i] for i in even_frames(n, len(places))]
+        chosen = [frames[i] for i in media.even_frames(n, len(places))]
     elif task == "prediction_forward":
         chosen = frames[-max(T * 5 // 8, 1):]
         places = range(len(chosen))
@@ -193,26 +182,23 @@ def read_given(args, sampler):
     name = "image" if task in ("i2v", "it2v") else "frames"
     if not getattr(args, name):
         raise UserError(f"--task {task} needs --{name}")
-    frames, _ = read_animation(getattr(args, name))
-    return task, *place_frames(square(frames, sampler.size), task, sampler.T)
+    frames, _ = media.read_animation(getattr(args, name))
+    return task, *place_frames(media.square(frames, sampler.size), task, sampler.T)
 
 
 def output_paths(args, names):
-    """A path for each sticker: numbered where a name comes twice."""
+    """A path for each sticker: NAME, then NAME-2, NAME-3 where a name comes again."""
     folder = None if Path(args.out or "").suffix else Path(args.out or "")
-    suffix = PLATFORMS[args.platform][0] if args.platform else ".webp" if folder else Path(args.out).suffix
+    suffix = media.PLATFORMS[args.platform][0] if args.platform else ".webp" if folder else Path(args.out).suffix
     if suffix.lower() not in (".webp", ".gif", ".png", ".apng"):
         raise UserError(f"--out {args.out}: write .webp, .gif or .png")
     if not folder and Path(args.out).suffix != suffix:
         raise UserError(f"--out {args.out}: {args.platform} takes {suffix}")
-    stems = [folder / name if folder else Path(args.out).with_suffix("") for name in names]
-    paths, taken = [], {stem for stem in stems if stems.count(stem) == 1}
-    for stem in stems:
-        if stems.count(stem) > 1:
-            numbered = (Path(f"{stem}-{i}") for i in itertools.count(1))
-            stem = next(s for s in numbered if s not in taken)
-        taken.add(stem)
-        paths.append(Path(f"{stem}{suffix}"))
+    paths = []
+    for name in names:
+        stem = folder / name if folder else Path(args.out).with_suffix("")
+        numbered = (Path(f"{stem}-{i}{suffix}" if i > 1 else f"{stem}{suffix}") for i in itertools.count(1))
+        paths.append(next(path for path in numbered if path not in paths))
     return paths
 
 
@@ -235,7 +221,7 @@ def parse(argv):
     parser.add_argument("--duration", type=int, default=125, help="milliseconds a frame")
     parser.add_argument("--out", help="file (.webp, .gif, .png) or folder to write; default: PROMPT.webp")
     parser.add_argument("--sheet", help="PNG contact sheet of all stickers")
-    parser.add_argument("--for", dest="platform", choices=sorted(PLATFORMS), help="obey a platform's limits")
+    parser.add_argument("--for", dest="platform", choices=sorted(media.PLATFORMS), help="obey a platform's limits")
     return parser.parse_args(argv)
 
 
@@ -245,7 +231,7 @@ def check(args):
     if not args.prompt and not (args.image or args.frames):
         raise UserError("--prompt: say what to draw, as in --prompt \"rocket\"")
     check_least(args, num=1, batch=1, duration=1, steps=1, seed=0)
-    check_sheet(args.sheet)
+    media.check_sheet(args.sheet)
 
 
 def slug(text):
@@ -255,11 +241,11 @@ def slug(text):
 def write(clip, path, args):
     path.parent.mkdir(parents=True, exist_ok=True)
     if args.platform:
-        content, summary = encode_for(clip, args.duration, args.platform)
+        content, summary = media.encode_for(clip, args.duration, args.platform)
         path.write_bytes(content)
         print(f"{path}: {summary}")
     else:
-        write_animation(path, clip, [args.duration] * len(clip))
+        media.write_animation(path, clip, [args.duration] * len(clip))
         print(path)
 
 
@@ -282,9 +268,8 @@ def main(argv=None):
     for clip, path in zip(clips, paths):
         write(clip, path, args)
     if args.sheet:
-        Path(args.sheet).parent.mkdir(parents=True, exist_ok=True)
         marks = None if mask is None else [mask > 0] * len(clips)
-        contact_sheet(clips, args.sheet, labels=prompts, marks=marks)
+        media.contact_sheet(clips, args.sheet, labels=prompts, marks=marks)
         print(args.sheet)
 
 

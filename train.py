@@ -16,8 +16,7 @@ Every random draw of global sample n of step s is a function of (seed, s, n) alo
 uninterrupted one bit for bit, and N ranks see exactly the draws of one. Another number of threads or ranks sums in
 another order: the same draws, other last digits.
 """
-import hashlib
-import json
+import functools
 import math
 import shutil
 import signal
@@ -36,10 +35,10 @@ import data
 from curriculum import MODES, Curriculum
 from data import TASKS, rng_for
 from lib import loop
-from lib.autoencoder import compose
+from lib.autoencoder import measure_latents, vae_psnr
 from lib.checkpoints import append, check_equal, check_same_config, lock_run, states, write_config
 from lib.distributed import gather, on_all_ranks, setup
-from lib.files import UserError, file_hash, first_line, rows, run_cli
+from lib.files import UserError, cache_path, file_hash, first_line, rows, run_cli
 from lib.media import to_tensor
 from lib.options import check_least, check_shares, check_words, flag, parse_fields
 from lib.towers import load_tower, name_tower
@@ -135,10 +134,15 @@ class VAEStage:
 
     def finish(self, weights):
         """(EMA weights with the latents' statistics, metadata); prints the held-out PSNR."""
-        vae = VAE(self.preset.vae).to(self.device).eval()
+        vae, rng, numbers = VAE(self.preset.vae).to(self.device).eval(), rng_for(self.config.seed, 0, 0, 9), []
         vae.load_state_dict(weights)
-        measure_latents(vae, self.stickers, self.config.seed)
-        psnr = vae_psnr(vae, data.StickerSet(self.config.data, "test", self.config.groups or None))
+        for _ in range(64):                   # 2048 random frames of the training split
+            records = [self.stickers.records[i] for i in rng.integers(len(self.stickers), size=32)]
+            numbers += [r["first"] + int(rng.integers(r["n"])) for r in records]
+        measure_latents(vae, self.stickers.frames, numbers)
+        held_out = data.StickerSet(self.config.data, "test", self.config.groups or None).records[:256]
+        numbers = [f for r in held_out for f in sorted({r["first"], r["first"] + r["n"] // 2})]
+        psnr = vae_psnr(vae, self.stickers.frames, numbers[:256])
         if not len(psnr):
             print("VAE: no sticker is held out, so nothing is measured")
             return vae.state_dict(), {}
@@ -154,33 +158,6 @@ def draw_image(stickers, seed, step, n):
     record = stickers.records[index]
     frame = stickers.clip(record, [rng.integers(record["n"])])
     return to_tensor(frame)[0], torch.from_numpy(rng.uniform(-1, 1, 3).astype(np.float32)), index
-
-
-@torch.no_grad()
-def measure_latents(vae, stickers, seed, count=2048, batch=32):
-    """Set the VAE's latent_mean and latent_std from `count` random frames of the training split."""
-    rng, parts = rng_for(seed, 0, 0, 9), []
-    for _ in range(0, count, batch):
-        records = [stickers.records[i] for i in rng.integers(len(stickers), size=batch)]
-        frames = np.concatenate([stickers.clip(r, [rng.integers(r["n"])]) for r in records])
-        parts.append(vae.moments(vae.images(to_tensor(frames)))[0])
-    z = torch.cat(parts).transpose(0, 1).flatten(1).double()  # (c, N*h*w)
-    vae.latent_mean.copy_(z.mean(1))
-    vae.latent_std.copy_((z - z.mean(1, keepdim=True)).square().mean().sqrt())  # one number for all channels
-
-
-@torch.no_grad()
-def vae_psnr(vae, stickers, count=256, batch=32):
-    """PSNR (dB, of each image, on white) of up to `count` first and middle frames, through the mean latents."""
-    records = [stickers.records[i] for i in range(min(count, len(stickers)))]
-    frames = [f for r in records for f in sorted({r["first"], r["first"] + r["n"] // 2})][:count]
-    white, values = torch.ones(1, 3, device=vae.latent_mean.device), []
-    for i in range(0, len(frames), batch):
-        x = vae.images(to_tensor(np.array(stickers.frames[frames[i:i + batch]])))
-        y = vae.decode(vae.encode(x)).clamp(-1, 1)
-        mse = (((compose(x, white) - compose(y, white)) / 2) ** 2).mean((1, 2, 3))
-        values += (-10 * torch.log10(mse.clamp_min(1e-10))).tolist()
-    return np.array(values)
 
 
 # ---- DFGN stage
@@ -200,7 +177,7 @@ class DFGNStage(VAEStage):
         check_equal(f"--vae {config.vae}", self.vae.config, self.preset.vae, free)
         self.inputs["vae"] = file_hash(config.vae)
         if config.base:
-            self.inputs["base"] = file_hash(config.base)
+            self.inputs["base"], self.base = file_hash(config.base), load_base(config.base, self.preset, self.inputs)
 
     def prepare(self):
         """Encode all frames, and all texts of a frozen tower, unless an earlier run did; map them on all ranks."""
@@ -221,7 +198,7 @@ class DFGNStage(VAEStage):
     def network(self, fresh):
         net = RDTF(self.preset)
         if fresh and self.config.base:
-            load_base(net, self.config.base, self.inputs)
+            net.load_state_dict(self.base)
         net.dfgn.checkpointing = self.config.checkpointing
         return net.to(self.device)
 
@@ -265,9 +242,8 @@ STAGES = {"vae": VAEStage, "dfgn": DFGNStage}
 @torch.no_grad()
 def text_features(c, texts, inputs, width, device, batch=64):
     """Features (n, 77, width) float16 of all texts, cached beside the set; the name holds all that they depend on."""
-    made_of = json.dumps([inputs["clip_weights"], inputs["data"], sorted(c.groups), c.text_variants, c.seed,
-                          c.word_dropout, c.keywords])
-    path = Path(c.data) / f"text-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.f16"
+    path = cache_path(c.data, "text", [inputs["clip_weights"], inputs["data"], sorted(c.groups), c.text_variants,
+                                       c.seed, c.word_dropout, c.keywords])
     need, free = len(texts) * 77 * width * 2, shutil.disk_usage(c.data).free
     part = Path(f"{path}.part")
     free += part.stat().st_size if part.is_file() else 0     # of an interrupted run
@@ -275,22 +251,22 @@ def text_features(c, texts, inputs, width, device, batch=64):
         raise UserError(f"--text-variants {c.text_variants}: features of {len(texts)} texts are {need / 1e9:.1f} GB, "
                         f"{free / 1e9:.1f} GB are free in {c.data}; fewer variants need less")
 
-    def make(start):
-        tower = load_tower(c.clip_weights, c.clip_model).to(device)
-        for i in tqdm(range(start - start % batch, len(texts), batch), "encoding texts", mininterval=2):
-            tokens = data.tokenize([texts[k] for k in range(i, min(i + batch, len(texts)))])
-            yield tower(tokens.to(device))[max(start - i, 0):].half().cpu().numpy()  # the same batches after a kill
-    return rows(path, len(texts), (77, width), np.float16, make)
+    tower = functools.cache(lambda: load_tower(c.clip_weights, c.clip_model).to(device))  # if anything is missing
+
+    def encode(part):
+        tokens = data.tokenize([texts[k] for k in range(part.start, part.stop)])
+        return tower()(tokens.to(device)).half().cpu().numpy()
+    return rows(path, len(texts), (77, width), np.float16, batch, encode, "encoding texts")
 
 
-def load_base(net, path, inputs):
-    """Start from the weights of another run; it must be of the same configuration, VAE and text tower."""
+def load_base(path, config, inputs):
+    """Weights of another run to start from; it must be of the same configuration, VAE and text tower."""
     base, meta = load_rdtf(path)
     for part in ("text", "dfgn", "diffusion"):
-        check_equal(f"--base {path}", getattr(base.config, part), getattr(net.config, part))
+        check_equal(f"--base {path}", getattr(base.config, part), getattr(config, part))
     if (meta["vae"], meta.get("text", {}).get("hash")) != (inputs["vae"], inputs.get("clip_weights")):
         raise UserError(f"--base {path}: trained with another VAE or text tower than --vae or --clip-weights")
-    net.load_state_dict(base.state_dict())
+    return base.state_dict()
 
 
 def draw_condition(c, p, step, n, real, T, timesteps):

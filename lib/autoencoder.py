@@ -1,11 +1,13 @@
 """The VAE: latent diffusion's AutoencoderKL, named so that Stable Diffusion's weights load as they are.
 
 `c` is a model.VAEConfig: widths, layers, groups, patch, image_channels, latent_channels, shortcut, kl_weight."""
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.cpu import attend
+from lib.media import to_tensor
 
 
 class VAEResnet(nn.Module):
@@ -196,3 +198,24 @@ class VAE(nn.Module):
         self.shortcut_in.weight.copy_(axes / scale), self.shortcut_out.weight.copy_(axes * scale)
         self.shortcut_in.bias.copy_(-(axes / scale * mean.view_as(axes[0])).sum((1, 2, 3)))
         self.shortcut_out.bias.copy_(mean.view_as(axes[0]).mean((1, 2)))
+
+
+@torch.no_grad()
+def measure_latents(vae, frames, numbers, batch=32):
+    """Set the VAE's latent_mean and latent_std from frames (n, S, S, 4) uint8, those of the numbers."""
+    parts = [vae.moments(vae.images(to_tensor(frames[numbers[i:i + batch]])))[0] for i in range(0, len(numbers), batch)]
+    z = torch.cat(parts).transpose(0, 1).flatten(1).double()  # (c, N*h*w)
+    vae.latent_mean.copy_(z.mean(1))
+    vae.latent_std.copy_((z - z.mean(1, keepdim=True)).square().mean().sqrt())  # one number for all channels
+
+
+@torch.no_grad()
+def vae_psnr(vae, frames, numbers, batch=32):
+    """PSNR in dB, on white, through the mean latents, of frames (n, S, S, 4) uint8: one of each of the numbers."""
+    white, values = torch.ones(1, 3, device=vae.latent_mean.device), []
+    for i in range(0, len(numbers), batch):
+        x = vae.images(to_tensor(frames[numbers[i:i + batch]]))
+        y = vae.decode(vae.encode(x)).clamp(-1, 1)
+        mse = (((compose(x, white) - compose(y, white)) / 2) ** 2).mean((1, 2, 3))
+        values += (-10 * torch.log10(mse.clamp_min(1e-10))).tolist()
+    return np.array(values)

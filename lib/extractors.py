@@ -1,16 +1,13 @@
 """The networks that look at clips, and their features, cached under names with a hash of all that they depend on."""
 import hashlib
 import inspect
-import json
-from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import trange
 
 from lib.clip import CLIPExtractor
 from lib.dover import DOVERExtractor
-from lib.files import UserError, file_hash, rows
+from lib.files import UserError, cache_path, file_hash, rows
 from lib.i3d import I3DExtractor
 from lib.standins import StandinExtractor
 
@@ -30,16 +27,6 @@ def extractors(args, T):
     return found
 
 
-def cached(folder, name, made_of, n, shape, dtype, batch, make):
-    """Rows (n, *shape) that make(slice) gives, cached in folder/NAME-HASH.bin; the hash is of all they are made of."""
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-
-    def parts(start):
-        for i in trange(start, n, batch, desc=name, delay=1):
-            yield make(slice(i, min(i + batch, n)))
-    return rows(Path(folder) / f"{name}-{digest}.bin", n, shape, dtype, parts)
-
-
 def features_of(extractors, folder, clips, names=None):
     """{extractor: (N, width) float32} of clips (N, T, S, S, 3) uint8 on white, by all or the named ones; cached."""
     found, content = {}, hashlib.sha256(np.ascontiguousarray(clips)).hexdigest()
@@ -47,6 +34,6 @@ def features_of(extractors, folder, clips, names=None):
         if names is None or x.name in names:
             code = file_hash(inspect.getfile(type(x)))
             made_of = dict(clips=content, shape=clips.shape, by=x.key, code=code)
-            found[x.name] = cached(folder, x.name, made_of, len(clips), (x.width,), np.float32, x.batch,
-                                   lambda part, x=x: x(clips[part]))
+            path = cache_path(folder, x.name, made_of)
+            found[x.name] = rows(path, len(clips), (x.width,), np.float32, x.batch, lambda p, x=x: x(clips[p]), x.name)
     return found

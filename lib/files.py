@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 MAX_LINE = 2**20                                 # bytes of a line of JSON
 
@@ -158,12 +159,18 @@ def map_rows(path, n, shape, dtype):
     return np.memmap(path, dtype, "r", shape=(n, *shape)) if size else np.zeros((n, *shape), dtype)
 
 
-def rows(path, n, shape, dtype, make):
+def cache_path(folder, name, made_of):
+    """folder/NAME-HASH.bin, where rows are cached; the hash is of `made_of`, all that they depend on (JSON)."""
+    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+    return Path(folder) / f"{name}-{digest[:16]}.bin"
+
+
+def rows(path, n, shape, dtype, batch, make, progress=None):
     """Read-only memory map (n, *shape) of cached rows, made where they are missing.
 
-    make(start) yields arrays (b, *shape) of the rows from `start` on, in order. They gather in PATH.part: a killed
-    process leaves its whole rows there and the next one goes on behind them; a second process waits for the first. The
-    path must name all that the rows depend on (put a hash in it)."""
+    make(slice) returns the rows of a slice, `batch` at a time. They gather in PATH.part: a killed process leaves its
+    whole rows there and the next one goes on behind them, with the same slices, as rounding may depend on them; a
+    second process waits for the first. progress: the label of a progress bar."""
     path, part = Path(path), Path(f"{path}.part")
     if not path.is_file():
         with lock(f"{path}.lock", path, wait=True):
@@ -172,14 +179,12 @@ def rows(path, n, shape, dtype, make):
                 with open(part, "ab") as file:
                     done = min(file.tell() // size, n)
                     file.truncate(done * size)
-                    for batch in make(done) if done < n else ():
-                        batch = np.ascontiguousarray(batch, dtype)
-                        if batch.shape[1:] != tuple(shape) or done + len(batch) > n:
-                            raise UserError(f"{path}: {batch.shape} came behind {done} of {n} rows {tuple(shape)}")
-                        file.write(batch.data)
+                    starts = range(done - done % batch, n, batch) if done < n else ()
+                    for start in tqdm(starts, progress, disable=progress is None, delay=1, mininterval=2):
+                        made = np.ascontiguousarray(make(slice(start, min(start + batch, n))), dtype)
+                        if made.shape != (min(batch, n - start), *shape):
+                            raise UserError(f"{path}: {made.shape} came for rows {start} and on of {(n, *shape)}")
+                        file.write(made[max(done - start, 0):].data)
                         file.flush()
-                        done += len(batch)
-                if done != n:
-                    raise UserError(f"{path}: {done} rows came, {n} were expected")
                 rename_durably(part, path)
     return map_rows(path, n, shape, dtype)

@@ -225,6 +225,7 @@ def check_sheet(path):
 
 def contact_sheet(rows, path, labels=None, scale=2, marks=None):
     """Write a PNG on white: one row a clip (T, H, W, 4), its label above; a blue border where `marks` is true."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     gap, text = 4, 14 if labels else 0
     heights = [r.shape[1] * scale + text + gap for r in rows]
     width = gap + max(len(r) * (r.shape[2] * scale + gap) for r in rows)

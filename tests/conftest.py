@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import shutil
 
 import pytest
 
@@ -20,17 +19,19 @@ def run_train(*argv):
 
 @pytest.fixture(scope="session")
 def stickers16(tmp_path_factory):
-    """A prepared set of 48 synthetic stickers at 16 pixels; caches of latents gather in it."""
+    """A prepared set of 48 synthetic stickers at 16 pixels; caches of latents and texts gather in it."""
     import data
     out = tmp_path_factory.mktemp("stickers16") / "set"
     data.main(["synthetic", "--n", "48", "--size", "16", "--out", str(out), "--workers", "1"])
     return out
 
 
+TINY = ["--preset", "tiny", "--warmup", 2, "--log-every", 2, "--save-every", 100]
+
+
 @pytest.fixture(scope="session")
 def vae_argv(stickers16):
-    return ["--stage", "vae", "--preset", "tiny", "--data", stickers16, "--batch", 8, "--warmup", 2, "--log-every", 2,
-            "--save-every", 100]
+    return [*TINY, "--stage", "vae", "--data", stickers16, "--batch", 8]
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +44,7 @@ def tiny_vae(tmp_path_factory, vae_argv):
 
 @pytest.fixture(scope="session")
 def dfgn_argv(stickers16, tiny_vae):
-    return ["--preset", "tiny", "--data", stickers16, "--vae", tiny_vae / "model.safetensors", "--batch", 4,
-            "--warmup", 2, "--log-every", 2, "--save-every", 100]
+    return [*TINY, "--data", stickers16, "--vae", tiny_vae / "model.safetensors", "--batch", 4]
 
 
 @pytest.fixture(scope="session")
@@ -80,30 +80,17 @@ def no_network(monkeypatch):
     def local(self, address):
         assert self.family == socket.AF_UNIX, f"the network was touched: {address}"
         return connect(self, address)
-
-    def refuse(*address, **_):
-        raise AssertionError(f"the network was touched: {address}")
     monkeypatch.setattr(socket.socket, "connect", local)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *name, **_: pytest.fail(f"the network was touched: {name}"))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
 
 
-TOWER_FIELDS = ("text.kind=open_clip", "text.width=32", "dfgn.text_width=32")
-
-
 @pytest.fixture(scope="session")
-def tower_argv(stickers16, dfgn_argv, clip_folder, tmp_path_factory):
-    """A DFGN on the features of the tiny open_clip model; its set is a copy, caches of texts gather in it."""
-    copy = tmp_path_factory.mktemp("tower") / "set"
-    shutil.copytree(stickers16, copy)
-    return [*dfgn_argv, "--data", copy, "--clip-weights", clip_folder, "--log-every", 3, "--set", *TOWER_FIELDS]
-
-
-@pytest.fixture(scope="session")
-def tower_dfgn(tower_argv, tmp_path_factory):
-    """A run folder of it, 8 steps."""
+def tower_dfgn(dfgn_argv, clip_folder, tmp_path_factory):
+    """A run folder of a DFGN on the features of the tiny open_clip model, 8 steps."""
     run = tmp_path_factory.mktemp("tower_dfgn") / "dfgn"
-    run_train(*tower_argv, "--steps", 8, "--out", run)
+    fields = "text.kind=open_clip", "text.width=32", "dfgn.text_width=32"
+    run_train(*dfgn_argv, "--steps", 8, "--out", run, "--clip-weights", clip_folder, "--set", *fields)
     return run
 
 

@@ -1,6 +1,5 @@
 """The figures of tools/bench.py and of Table 8 are of what they say; their speed is not tested."""
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import evaluate
@@ -11,16 +10,12 @@ from tools import bench
 TINY = PRESETS["tiny"].dfgn
 
 
-def test_gflop_are_those_of_a_real_forward_pass():
+def test_passes_have_the_gflop_that_are_counted_and_leave_nothing_behind():
     net, batch = DFGN(TINY), bench.clip_batch(TINY, 2, 4, 8)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net(**batch)
+    with FlopCounterMode(display=False) as counter:
+        bench.forward(net, batch)
     assert bench.gflop(TINY, 2, 4, 8) == pytest.approx(counter.get_total_flops() / 1e9, rel=0.05)  # SDPA is not counted
-
-
-def test_a_training_step_leaves_no_gradient_and_no_switch():
-    net = DFGN(TINY)
-    bench.train_step(net, bench.clip_batch(TINY, 1, 3, 4), checkpointing=True)
+    bench.train_step(net, batch, checkpointing=True)
     assert not net.checkpointing and all(p.grad is None for p in net.parameters())
 
 
@@ -31,13 +26,10 @@ def test_all_compared_takes_its_turn_in_every_round(monkeypatch):
     assert calls == ["a", "b"] * 4 and taken == dict(a=5, b=6)     # medians of 3, 5, 7 and 4, 6, 8: not the first
 
 
-def test_measure_prints_rates(capsys):
+def test_measure_prints_rates_and_unknown_cases_are_refused(capsys):
     bench.measure(TINY, 1, 3, 4, 1)
     text = capsys.readouterr().out
     assert f"{count(DFGN(TINY)) / 1e6:.1f} M parameters" in text and text.count("| forward") == 4
-
-
-def test_unknown_cases_are_refused():
     with pytest.raises(UserError, match="speed: nothing to measure by this name; network has paper"):
         bench.main(["network", "speed"])
 

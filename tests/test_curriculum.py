@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import curriculum
-from curriculum import MODES, Curriculum, simulate
+from curriculum import Curriculum, simulate
 from data import TASKS, unknown_share
 from lib.files import UserError
 
@@ -18,31 +18,32 @@ def feed(c, values):
         c.observe([value], [0], [0])
 
 
-def test_no_curriculum_is_uniform():
+def test_weights_by_hand():
+    easy = np.array([0.1, 0.1, 0.1, 0.9, 0.7, 0.7])       # t2v, i2v, it2v, interpolation, the two predictions
+    hard = np.array([0.9, 0.9, 0.9, 0.1, 0.3, 0.3])
     assert np.allclose(Curriculum("none", 10).probabilities(7), 1 / 6)
+    named = Curriculum("linear", 100, tasks=["it2v", "interpolation"])
+    assert np.allclose(named.probabilities(0), [0, 0, 0.1, 0.9, 0, 0])
+    linear, adaptive = Curriculum("linear", 100), Curriculum("adaptive", 100)
+    feed(linear, [1, 2, 3] * 20)                          # the loss does not enter
+    for step, static in ((0, easy), (25, 0.75 * easy + 0.25 * hard), (100, hard), (1000, hard)):
+        assert np.allclose(linear.weights(step), static)
+        for r in (0.0, 0.25, 1.0):
+            adaptive.r = r
+            added = [*[0.1 + 0.8 * r] * 3, 0.9 - 0.8 * r, 0.5, 0.5]
+            assert np.allclose(adaptive.weights(step), static + added)
+            assert np.allclose(adaptive.probabilities(step), (static + added) / (static + added).sum())
 
 
-def test_static_weights_run_from_easy_to_hard():
+def test_entropy_is_the_expected_share_of_unknown_frames_and_rises():
+    """Without a fall of more than 5 % of its range under the adaptive curriculum (the paper's Fig. 4)."""
     c = Curriculum("linear", 100)
-    start = {"interpolation": 0.9, "prediction_forward": 0.7, "prediction_backward": 0.7}
-    end = {"interpolation": 0.1, "prediction_forward": 0.3, "prediction_backward": 0.3}
-    first, last = (np.array([w.get(task, other) for task in TASKS]) for w, other in ((start, 0.1), (end, 0.9)))
-    assert np.allclose(c.weights(0), first) and np.allclose(c.weights(25), 0.75 * first + 0.25 * last)
-    feed(c, [1, 2, 3] * 20)
-    assert np.allclose(c.weights(100), last) and np.allclose(c.weights(1000), last)  # the loss does not enter
     entropy = [c.entropy(step) for step in range(101)]
     assert (np.diff(entropy) > 0).all() and entropy[-1] - entropy[0] > 0.2
     assert entropy[0] == pytest.approx(sum(p * unknown_share(task) for p, task in zip(c.probabilities(0), TASKS)))
-
-
-@pytest.mark.parametrize("r", [0.0, 0.25, 1.0])
-def test_adaptive_weights_are_added(r):
-    c = Curriculum("adaptive", 100)
-    c.r = r
-    adaptive = {"interpolation": 0.9 - 0.8 * r, "prediction_forward": 0.5, "prediction_backward": 0.5}
-    for task, weight, static in zip(TASKS, c.weights(0), Curriculum("linear", 100).weights(0)):
-        assert weight == pytest.approx(static + adaptive.get(task, 0.1 + 0.8 * r))
-    assert c.probabilities(0).sum() == pytest.approx(1)
+    probabilities, entropy = simulate("adaptive")
+    assert probabilities.shape == (2000, len(TASKS)) and np.allclose(probabilities.sum(1), 1)
+    assert (np.maximum.accumulate(entropy) - entropy).max() < 0.05 * np.ptp(entropy) and np.ptp(entropy) > 0.2
 
 
 def test_the_pid_score_by_hand():
@@ -81,47 +82,24 @@ def test_losses_are_divided_by_the_running_mean_of_their_task_and_decile():
 
 
 def test_a_state_through_json_goes_on_identically():
-    rng = np.random.default_rng(1)
+    rng, (whole, first, second) = np.random.default_rng(1), (Curriculum("adaptive", 60) for _ in range(3))
     steps = [(rng.gamma(4, 0.25, 8), rng.integers(0, 6, 8), rng.integers(0, 10, 8)) for _ in range(60)]
-    whole, first, second = (Curriculum("adaptive", 60) for _ in range(3))
-    for step in steps:
-        whole.observe(*step)
     for step in steps[:35]:
         first.observe(*step)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    for step in steps[35:]:
-        second.observe(*step)
+    for c, seen in ((whole, steps), (second, steps[35:])):
+        for step in seen:
+            c.observe(*step)
     assert second.state_dict() == whole.state_dict() and second.r == whole.r > 0
     assert second.losses.maxlen == second.scores.maxlen == 1000
 
 
-def test_entropy_rises_smoothly():
-    """The paper's claim for DCL (its Fig. 4): no fall of more than 5 % of the range."""
-    probabilities, entropy = simulate("adaptive")
-    assert probabilities.shape == (2000, len(TASKS)) and np.allclose(probabilities.sum(1), 1)
-    assert (np.maximum.accumulate(entropy) - entropy).max() < 0.05 * np.ptp(entropy) and np.ptp(entropy) > 0.2
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_only_named_tasks_are_drawn(mode):
-    p = Curriculum(mode, 100, tasks=["it2v", "interpolation"]).probabilities(30)
-    full, named = Curriculum(mode, 100).probabilities(30), [TASKS.index(task) for task in ("it2v", "interpolation")]
-    assert p.sum() == pytest.approx(1) and set(np.flatnonzero(p)) == set(named)
-    assert p[named[0]] / p[named[1]] == pytest.approx(full[named[0]] / full[named[1]])
-
-
-def test_the_plot_and_what_it_refuses(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="--curriculum fast.*none, linear, adaptive"):
-        Curriculum("fast")
+def test_the_plot(tmp_path, monkeypatch):
     monkeypatch.setattr(curriculum, "simulate", lambda mode: simulate(mode, 60))
     plot, log = tmp_path / "plot.png", tmp_path / "log.jsonl"
-    for content, reason in ((None, "no such file"), ("{\n", "line 1"), ('{"step": 1}\n', "no line with a step")):
-        if content:
-            log.write_text(content)
-        with pytest.raises(UserError, match=f"log.jsonl.*{reason}"):
-            curriculum.main(["--plot", str(plot), "--log", str(log)])
-        assert not plot.exists()
     log.write_text("".join(json.dumps(dict(step=step, entropy=0.5)) + "\n" for step in (10, 20)))
     curriculum.main(["--plot", str(plot), "--log", str(log)])
     with Image.open(plot) as image:
         assert image.format == "PNG" and image.width > 800
+    with pytest.raises(UserError, match="--curriculum fast.*none, linear, adaptive"):
+        Curriculum("fast")

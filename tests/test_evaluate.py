@@ -1,10 +1,12 @@
 """evaluate.py: baselines made by hand, a whole run of a tiny model, caches, runs side by side, the paper's tables."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_sample import make_model
 
 import data
 import evaluate
@@ -12,10 +14,8 @@ from data import TASKS, eval_mask
 from lib import extractors, tables
 from lib.distances import PSNR_CAP
 from lib.dover import DOVER
-from lib.files import UserError, file_hash, run_cli
+from lib.files import UserError
 from lib.i3d import I3D
-from lib.weights import save_model
-from model import PRESETS, RDTF, VAE
 
 # ---- baselines and numbers
 
@@ -42,23 +42,17 @@ def test_psnr_is_of_unknown_frames_only():
     assert evaluate.psnr_of(made, real, real, eval_mask("t2v", 8, 8), 0) is None
 
 
-def test_unequal_sets_are_refused():
-    rng = np.random.default_rng(0)
-    a, b = dict(local=rng.standard_normal((12, 384))), dict(local=rng.standard_normal((8, 384)))
-    with pytest.raises(UserError, match="12 real clips against 8 others.*--n 8"):
-        evaluate.distances(a, b, 0)
-
-
 def test_fvd_is_of_bare_logits_and_extrapolated(monkeypatch):
     rng = np.random.default_rng(0)
     a, b = (dict(i3d=rng.standard_normal((800, 400)).astype(np.float32) * 3) for _ in range(2))
     monkeypatch.setattr(evaluate, "bootstrap_fd", lambda *_, **__: [0, 1])       # a minute at this size
     monkeypatch.setattr(evaluate, "extrapolate", lambda a, b, seed: (7.0, 2.0))  # likewise; see test_distances.py
-    result = evaluate.distances(a, b, 0)
+    result, fewer = evaluate.distances(a, b, 0), {"i3d": a["i3d"][:799]}
     assert result["FVD"]["value"] == pytest.approx(evaluate.frechet(a["i3d"], b["i3d"]))
     assert "7.0 +- 2.0" in tables.distance_table({}, result, None)
-    few = evaluate.distances({"i3d": a["i3d"][:799]}, {"i3d": b["i3d"][:799]}, 0)
-    assert "FVD-inf" not in few
+    assert "FVD-inf" not in evaluate.distances(fewer, fewer, 0)
+    with pytest.raises(UserError, match="800 real clips against 799 others.*--n 799"):
+        evaluate.distances(a, fewer, 0)
 
 
 # ---- a whole run
@@ -68,15 +62,9 @@ def world(tmp_path_factory):
     """A synthetic set of 16 px and a tiny model of random weights: (set folder, run folder)."""
     root = tmp_path_factory.mktemp("evaluate")
     data.main(["synthetic", "--n", "200", "--size", "16", "--out", str(root / "set")])
-    torch.manual_seed(0)
-    preset, run = PRESETS["tiny"], root / "run"
-    run.mkdir()
-    vae, model = VAE(preset.vae), RDTF(preset)
-    torch.nn.init.normal_(model.dfgn.conv_out.weight, std=0.05)  # it begins as zero, blind to text and frames
-    save_model(root / "vae.safetensors", vae.state_dict(), kind="vae", config=preset.to_dict(), step=0, psnr=20.0)
-    save_model(run / "model.safetensors", model.state_dict(), kind="dfgn", config=preset.to_dict(), step=7,
-               vae=file_hash(root / "vae.safetensors"), vae_file=str(root / "vae.safetensors"))
-    return root / "set", run
+    (root / "run").mkdir()
+    make_model(root / "run")
+    return root / "set", root / "run"
 
 
 def command(world, *more):
@@ -88,8 +76,9 @@ def test_records_are_one_a_concept_and_seeded(world):
     chosen = evaluate.pick(stickers, 20, 8, 0)
     assert len({r["concept"] for r in chosen}) == 20 and min(r["n"] for r in chosen) >= 8
     assert chosen[:5] == evaluate.pick(stickers, 5, 8, 0) != evaluate.pick(stickers, 5, 8, 1)
-    test = evaluate.EvalSet(evaluate.parse(command(world)))
+    test, other = (evaluate.EvalSet(evaluate.parse(command(world, "--seed", seed))) for seed in (0, 1))
     assert {r["split"] for r in stickers.records if r["file"] in test.files} == {"test"} and test.floor["n"] == 6
+    assert test.files != other.files
 
 
 def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
@@ -116,47 +105,27 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
     assert json.loads((world[1] / "again.json").read_text()) == report
 
 
-def test_given_frames_come_back_and_seeds_matter(world):
-    args = evaluate.parse(command(world, "--seed", "3"))
-    run, test = evaluate.Run(world[1], args), evaluate.EvalSet(args)
-    assert (run.clips("prediction_forward", test)[:, :5] == test.clips[:, :5]).all()
-    files = evaluate.EvalSet(evaluate.parse(command(world))).files
-    assert files != test.files
-
-
-def test_clips_do_not_depend_on_the_batch(world):
-    def clips(batch):
-        args = evaluate.parse(command(world, "--seed", "5", "--batch", batch))
-        found = np.array(evaluate.Run(world[1], args).clips("it2v", evaluate.EvalSet(args)))
-        for path in (world[1] / "eval").glob("it2v-*"):
-            path.unlink()
-        return found.astype(int)
-    assert abs(clips(2) - clips(6)).max() <= 1
-
-
-def test_killed_evaluation_goes_on(world, monkeypatch):
+def test_killed_evaluation_goes_on_and_the_batch_changes_no_clip(world, monkeypatch):
     made, sample = [], evaluate.Sampler.sample
 
     def killed(self, prompts, seeds, **more):
         if len(made) == 2:
+            made.append("killed")
             raise KeyboardInterrupt
         made.append(seeds)
         return sample(self, prompts, seeds, **more)
+    monkeypatch.setattr(evaluate.Sampler, "sample", killed)
     args = evaluate.parse(command(world, "--seed", "9", "--batch", "2"))
     run, test = evaluate.Run(world[1], args), evaluate.EvalSet(args)
-    monkeypatch.setattr(evaluate.Sampler, "sample", killed)
     with pytest.raises(KeyboardInterrupt):
-        run.clips("t2v", test)
-    monkeypatch.setattr(evaluate.Sampler, "sample", lambda *a, **more: made.append(a[2]) or sample(*a, **more))
-    assert len(run.clips("t2v", test)) == 6 and made == [[(9, k), (9, k + 1)] for k in (0, 2, 4)]
-
-
-def test_sheet_of_fixed_prompts(world, tmp_path, capsys):
-    (tmp_path / "prompts").write_text("a red star\n\na blue circle that grows\n")
-    evaluate.main(command(world, "--prompts", tmp_path / "prompts", "--sheet", tmp_path / "a.png"))
-    assert capsys.readouterr().out.strip() == str(tmp_path / "a.png")
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.height == 4 + 2 * (16 * 2 + 14 + 4)
+        run.clips("it2v", test)
+    clips = np.array(run.clips("it2v", test))
+    assert made == [[(9, 0), (9, 1)], [(9, 2), (9, 3)], "killed", [(9, 4), (9, 5)]]
+    assert (clips[:, 0] == test.clips[:, 0]).all()
+    for path in (world[1] / "eval").glob("it2v-*"):
+        path.unlink()
+    args.batch = 6
+    assert abs(run.clips("it2v", test).astype(int) - clips).max() <= 1
 
 
 def test_whole_run_with_weights(world, clip_folder, tmp_path, capsys, monkeypatch):
@@ -181,34 +150,28 @@ def test_whole_run_with_weights(world, clip_folder, tmp_path, capsys, monkeypatc
 
 # ---- runs side by side, the paper's tables
 
-def evaluated(folder, steps, margin, seed=0, sampler=2, **train):
-    """A run folder with a configuration and an evaluation."""
-    folder.mkdir()
-    config = dict(train=dict(steps=steps, seed=0, out=str(folder), **train), model=dict(frames=8, dfgn=dict(groups=4)))
-    (folder / "config.json").write_text(json.dumps(config))
-    fd = {k: dict(value=v, interval=[0, 9]) for k, v in (("FD-app", 0.5), ("FD-mot", 0.25))}
-    margin = {"model - copy": dict(mean=margin, interval=[margin - 1, margin + 1])}
-    report = dict(step=steps, split="val", set="s", n=2, seed=seed, files=["a", "b"], protocol="p", sampler=sampler,
-                  tasks=dict(t2v=dict(psnr=None, fd=fd), it2v=dict(psnr=margin, fd=fd)))
-    (folder / "eval.json").write_text(json.dumps(report))
-    return str(folder)
+def test_runs_are_compared_by_what_differs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fd = {name: dict(value=value, interval=[0, 9]) for name, value in (("FD-app", 0.5), ("FD-mot", 0.25))}
+    for name, steps, margin, frames in (("a", 10, -1.0, "step"), ("b", 12, 2.0, "sample")):
+        Path(name).mkdir()
+        config = dict(train=dict(steps=steps, frames=frames, out=name), model=dict(frames=8, dfgn=dict(groups=4)))
+        psnr = {"model - copy": dict(mean=margin, interval=[margin - 1, margin + 1])}
+        report = dict(step=steps, protocol="p", tasks=dict(t2v=dict(psnr=None, fd=fd), it2v=dict(psnr=psnr, fd=fd)))
+        Path(name, "config.json").write_text(json.dumps(config))
+        Path(name, "eval.json").write_text(json.dumps(report))
+    evaluate.main(["--compare", "a", "b"])
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "| a | - | 10 | -1.00 [-2.00, 0.00] | 0.50, 0.25 | 0.50, 0.25 |",
+        '| b | steps=12, frames="sample" | 12 | 2.00 [1.00, 3.00] | 0.50, 0.25 | 0.50, 0.25 |']
+    for change, reason in ((dict(seed=1), "with another seed"), (dict(sampler=4), "with another sampler"),
+                           (dict(tasks={}), "on other --tasks")):
+        Path("b", "eval.json").write_text(json.dumps({**report, **change}))
+        with pytest.raises(UserError, match=f"--compare b: evaluated {reason} than a"):
+            evaluate.main(["--compare", "a", "b"])
 
 
-def test_runs_are_compared_by_what_differs(tmp_path, capsys):
-    a, b = (evaluated(tmp_path / name, steps, margin, frames=frames)
-            for name, steps, margin, frames in (("a", 10, -1.0, "step"), ("b", 12, 2.0, "sample")))
-    evaluate.main(["--compare", a, b])
-    rows = capsys.readouterr().out.splitlines()[-2:]
-    assert rows == ["| a | - | 10 | -1.00 [-2.00, 0.00] | 0.50, 0.25 | 0.50, 0.25 |",
-                    '| b | steps=12, frames="sample" | 12 | 2.00 [1.00, 3.00] | 0.50, 0.25 | 0.50, 0.25 |']
-    for name, change in (("seed", dict(seed=1)), ("sampler", dict(sampler=4))):
-        with pytest.raises(UserError, match=f"{name}: evaluated with another {name} than"):
-            evaluate.main(["--compare", a, evaluated(tmp_path / name, 10, 0.0, **change)])
-    with pytest.raises(UserError, match="--compare nowhere: config.json and eval.json"):
-        evaluate.main(["--compare", a, "nowhere"])
-
-
-def test_table_of_named_rows_averages_seeds(world, tmp_path, capsys, monkeypatch):
+def test_table_of_named_rows_averages_seeds(world, tmp_path, capsys):
     for name in ("dcl-0", "dcl-1", "none-0"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_bytes((world[1] / "model.safetensors").read_bytes())
@@ -224,8 +187,6 @@ def test_table_of_named_rows_averages_seeds(world, tmp_path, capsys, monkeypatch
     assert len(ours["RDTF w/ DCL"]) == 2 and ours["real, other concepts"][0]["FD-app"] > 0
     with pytest.raises(UserError, match=r"--rows DFGN=nowhere-\*: no run folder matches"):
         evaluate.main(command(world, "--table", "3", "--rows", "DFGN=nowhere-*"))
-    with pytest.raises(UserError, match="--rows"):
-        evaluate.main(command(world, "--table", "3"))
 
 
 def test_interval_over_seeds_is_students():
@@ -234,22 +195,10 @@ def test_interval_over_seeds_is_students():
     assert (low, high) == pytest.approx((2 - 4.303 / 3 ** 0.5, 2 + 4.303 / 3 ** 0.5), abs=1e-3)
 
 
-# ---- bad input
-
-@pytest.mark.parametrize("more, culprit", [
-    (["--run", "nowhere"], "--run nowhere"), (["--data", "nowhere"], "nowhere"), (["--n", "1"], "--n 1"),
-    (["--batch", "0"], "--batch 0"), (["--groups", "no-such"], "--groups no-such"), (["--seed", "-1"], "--seed -1"),
-    (["--steps", "5000"], "--steps 5000"), (["--prompts", "x.txt"], "--prompts"), (["--sheet", "s.txt"], "s.txt"),
-    (["--prompts", "nowhere.txt", "--sheet", "s.png"], "nowhere.txt"), (["--vae", "nowhere.st"], "nowhere.st"),
-    (["--split", "train", "--n", "90"], "so choose --n"), (["--i3d-eps", "1e-5"], "--i3d FILE")])
-def test_bad_input_is_refused_in_one_line(world, capsys, more, culprit):
-    with pytest.raises(SystemExit) as stop:
-        run_cli(lambda: evaluate.main(command(world, *more)))
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and line.startswith("error: ") and culprit in line
-
-
-def test_set_of_another_size_is_refused(world, tmp_path):
+def test_sets_that_cannot_be_measured_are_refused(world, tmp_path):
+    """More is in test_bad_input.py."""
     data.main(["synthetic", "--n", "8", "--size", "20", "--out", str(tmp_path / "set")])
-    with pytest.raises(UserError, match="20 px, the model makes 16"):
-        evaluate.main(["--run", str(world[1]), "--data", str(tmp_path / "set")])
+    for more, reason in ((["--data", tmp_path / "set"], "20 px, the model makes 16"),
+                         (["--split", "train", "--n", "90"], "90 clips, but .* so choose --n")):
+        with pytest.raises(UserError, match=reason):
+            evaluate.main(command(world, *more))

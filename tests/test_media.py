@@ -96,10 +96,6 @@ def test_thinning_keeps_the_total_duration_and_the_asked_frames(tmp_path):
     media.write_animation(tmp_path / "a.webp", whole, list(range(10, 110, 10)))
     frames, times = media.read_animation(tmp_path / "a.webp", max_frames=4)
     assert times == [10 + 20, 30 + 40 + 50, 60 + 70, 80 + 90 + 100] and np.array_equal(frames, whole[[0, 2, 5, 7]])
-    room = np.zeros((4, 16, 16, 4), np.uint8)
-    frames, _, indices = media.decode_frames(tmp_path / "a.webp", "a", 4, 16, keep=(9, 3, 99), room=room)
-    assert np.shares_memory(frames, room) and {3, 9} <= set(indices) and len(indices) == 4
-    assert np.array_equal(frames, media.square(whole[indices], 16))
     chosen = media.thin(50, 24, (7, 33, 49, 99))
     assert chosen == sorted(set(chosen)) and len(chosen) == 24 and {7, 33, 49} <= set(chosen)
     assert len(media.thin(90, 24, range(60))) == 24 and media.thin(5, 24) == list(range(5))
@@ -115,10 +111,10 @@ def test_square_pads_in_the_middle_and_has_no_dark_fringe():
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"not an image", "no GIF, WebP, PNG or JPEG"), (b"", "no GIF, WebP, PNG or JPEG"),
-    (bytes(media.MAX_BYTES + 1), "more than"), (gif_bytes(20000, 20000, [DOT]), "cannot be read"),
-    (gif_bytes(3, 3, [DOT])[:400], "cannot be read"), (gif_bytes(5000, 3, [DOT]), "5000x3"),
-    (gif_bytes(1, 1, [DOT] * 2001), "2001 frames"), (gif_bytes(4000, 4000, [DOT] * 70), "70 frames")], ids=range(8))
+    (b"not an image", "no GIF, WebP, PNG or JPEG"), (bytes(media.MAX_BYTES + 1), "more than"),
+    (gif_bytes(20000, 20000, [DOT]), "cannot be read"), (gif_bytes(3, 3, [DOT])[:400], "cannot be read"),
+    (gif_bytes(5000, 3, [DOT]), "5000x3"), (gif_bytes(1, 1, [DOT] * 2001), "2001 frames"),
+    (gif_bytes(4000, 4000, [DOT] * 70), "70 frames")], ids=range(7))
 def test_unreadable_and_oversized_files_are_refused(content, words):
     with pytest.raises(UserError, match="^<bytes>: .*" + words):
         media.read_animation(content)
@@ -194,8 +190,6 @@ def test_contact_sheet(tmp_path):
     assert tuple(sheet[30, 30]) == (90, 90, 90) and tuple(sheet[80, 20]) == (255, 255, 255)    # transparent is white
     blue = (sheet == (0, 0, 255)).all(-1)
     assert blue[18:52, 2:4].any() and not blue[:, 40:].any()
-    with pytest.raises(UserError, match="--sheet s.jpg"):
-        media.check_sheet("s.jpg")
 
 
 def test_premultiplied_tensors_come_back_exactly():

@@ -1,5 +1,6 @@
 """model.py, lib/autoencoder.py, lib/cpu.py: published sizes and values, and no frame that is padding can be felt."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,31 +13,28 @@ from data import tokenize
 from lib.autoencoder import compose
 from lib.cpu import Conv3x3, Linear, attend
 from lib.files import UserError
-from lib.weights import SD_SCALE, save_model
+from lib.weights import SD_SCALE
 from model import DFGN, PRESETS, RDTF, VAE, Clip, Config, Diffusion, DiffusionConfig, VAEConfig
 
-TINY = PRESETS["tiny"].dfgn
+TINY, TINY_VAE = PRESETS["tiny"].dfgn, PRESETS["tiny"].vae
 BOTH = pytest.mark.parametrize("temporal", ["sti", "conv3d"])
 
 
-def tiny(**fields):
-    """The tiny preset for latents of 4 x 4 cells, with part__field=value changes."""
-    config = PRESETS["tiny"].to_dict()
-    config["vae"]["size"] = 32
-    for name, value in fields.items():
-        part, key = name.split("__")
-        assert key in config[part]
-        config[part][key] = value
-    return Config.from_dict(config)
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
 
 
-def randomise(net, seed=0):
+def tiny(*changes):
+    """The tiny preset for latents of 4 x 4 cells."""
+    return model.preset("tiny", ["vae.size=32", *changes])
+
+
+def randomise(net):
     """Random values for parameters that start at zero (in norms, at one), so that no branch is silent."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            if p.std(unbiased=False) == 0:
-                p.add_(torch.randn(p.shape, generator=g) * 0.3)
+    for p in net.parameters():
+        if p.std(unbiased=False) == 0:
+            p.data += 0.3 * torch.randn_like(p)
     return net
 
 
@@ -48,11 +46,10 @@ def latents(B, T, seed=0, side=4):
     return normal(B, T, TINY.channels, side, side, seed=seed)
 
 
-def dfgn_inputs(T, B=2, seed=0):
+def dfgn_inputs(T):
     """Arguments of DFGN.forward without the loss mask."""
-    return dict(z_t=latents(B, T, seed), t=torch.tensor([500, 20])[:B], known=latents(B, T, seed + 2),
-                context=normal(B, 5, TINY.text_width, seed=seed + 1),
-                cond_mask=(normal(B, T, seed=seed + 3) > 0).float())
+    return dict(z_t=latents(2, T), t=torch.tensor([500, 20]), known=latents(2, T, 2),
+                context=normal(2, 5, TINY.text_width, seed=1), cond_mask=(normal(2, T, seed=3) > 0).float())
 
 
 # ---- sizes, names, values
@@ -66,17 +63,11 @@ def test_the_paper_preset_has_the_published_size(capsys):
     assert "paper: DFGN 959.1 M, text of a frozen tower, not counted, VAE 83.65 M" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("naming", ["diffusers", "old", "compvis", "checkpoint"])
-def test_stable_diffusions_vae_gives_the_values_of_a_public_implementation(sd_vae, naming, tmp_path):
+def test_stable_diffusions_vae_gives_the_values_of_a_public_implementation(sd_vae, tmp_path):
     """diffusers' AutoencoderKL (0.42.1, configured as Stable Diffusion's) with these weights, CPU, float32."""
-    names = dict(compvis="decoder.up.3.block.2.conv1.weight", old="encoder.mid_block.attentions.0.proj_attn.bias",
-                 diffusers="decoder.up_blocks.0.upsamplers.0.conv.weight")
-    assert all(name in sd_vae[key] for key, name in names.items()) and "encoder.mid.attn_1.k.bias" in sd_vae["compvis"]
-    weights = sd_vae["compvis" if naming == "checkpoint" else naming]
-    if naming == "checkpoint":
-        weights = {f"first_stage_model.{name}": w for name, w in weights.items()}
-        weights = {"state_dict": {**weights, "model.diffusion_model.out.0.weight": torch.ones(2)}}
-    torch.save(weights, tmp_path / "sd.ckpt")
+    weights = {f"first_stage_model.{name}": w for name, w in sd_vae["compvis"].items()}
+    others = {name: torch.ones(2) for name in ("model.diffusion_model.out.0.weight", "encoder.conv_in.weight")}
+    torch.save(dict(state_dict={**weights, **others}), tmp_path / "sd.ckpt")
     vae, metadata = model.load_vae(tmp_path / "sd.ckpt")
     assert metadata["any_size"] and not any(p.requires_grad for p in vae.parameters())
     x = torch.from_numpy(np.sin(np.arange(3 * 32 * 32) * 0.37).reshape(1, 3, 32, 32).astype(np.float32))
@@ -96,7 +87,7 @@ def test_stable_diffusions_vae_gives_the_values_of_a_public_implementation(sd_va
         0.0720766], abs=1e-3)
 
 
-def test_configs_and_model_files(tmp_path):
+def test_presets_and_changes_of_them():
     for config in PRESETS.values():
         assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     changed = model.preset("tiny", ["dfgn.widths=8,16", "diffusion.prediction=v", "dfgn.pool_text=false"])
@@ -107,22 +98,12 @@ def test_configs_and_model_files(tmp_path):
     for change, reason in refused.items():
         with pytest.raises(UserError, match=f"--set {change}.*{reason}"):
             model.preset("tiny", [change])
-    with pytest.raises(UserError, match="--preset huge: choose one of"):
-        model.preset("huge")
-    net, path = randomise(RDTF(tiny())), tmp_path / "model.safetensors"
-    save_model(path, net.state_dict(), kind="dfgn", config=tiny().to_dict(), step=3, vae="hash", vae_file="file")
-    again, metadata = model.load_rdtf(path)
-    assert all(torch.equal(w, net.state_dict()[name]) for name, w in again.state_dict().items())
-    assert again.config == tiny() and metadata["step"] == 3 and not again.training
-    with pytest.raises(UserError, match="holds 'dfgn', 'vae' is needed"):
-        model.load_vae(path)
 
 
 # ---- VAE
 
 @pytest.mark.parametrize("config", [
-    PRESETS["tiny"].vae, VAEConfig(size=16, patch=2, widths=(8, 16), groups=4),
-    VAEConfig(size=16, image_channels=3, patch=1, widths=(8, 8, 8, 16), groups=4, shortcut=False)])
+    TINY_VAE, VAEConfig(size=16, image_channels=3, patch=1, widths=(8, 8, 8, 16), groups=4, shortcut=False)])
 def test_latents_are_standardised_and_back(config):
     vae = randomise(VAE(config)).double()
     vae.latent_mean.copy_(torch.linspace(-2, 3, config.latent_channels)), vae.latent_std.fill_(2.5)
@@ -135,7 +116,7 @@ def test_latents_are_standardised_and_back(config):
 
 
 def test_the_loss_of_the_vae_by_hand():
-    vae = randomise(VAE(tiny(vae__kl_weight=0.01).vae))
+    vae = randomise(VAE(replace(TINY_VAE, kl_weight=0.01)))
     x, noise, black, white = normal(2, 4, 16, 16).tanh(), normal(2, 16, 2, 2), -torch.ones(2, 3), torch.ones(2, 3)
     mean, logvar = vae.moments(x)
     y = vae.reconstruct(mean + (0.5 * logvar).exp() * noise)
@@ -147,11 +128,11 @@ def test_the_loss_of_the_vae_by_hand():
     assert (vae(x, white, noise) - want).abs().min() > 1e-4
     clear = torch.full((1, 4, 4, 4), -1.0)
     assert torch.equal(compose(clear, white[:1]), torch.ones(1, 3, 4, 4))
-    assert torch.equal(VAE(tiny(vae__image_channels=3).vae).images(clear), torch.ones(1, 3, 4, 4))
+    assert torch.equal(VAE(replace(TINY_VAE, image_channels=3)).images(clear), torch.ones(1, 3, 4, 4))
 
 
 def test_the_shortcut_starts_as_principal_components():
-    vae = VAE(tiny(vae__latent_channels=4).vae)
+    vae = VAE(replace(TINY_VAE, latent_channels=4))
     x, other = F.interpolate(normal(64, 4, 4, 4), size=(16, 16), mode="bilinear").add(0.3).split(32)  # smooth images
     x[:, 0] = x[:, 2] = x[:, 1]
     other[:, 0] = other[:, 2] = other[:, 1]
@@ -165,63 +146,27 @@ def test_the_shortcut_starts_as_principal_components():
 
 @BOTH
 @pytest.mark.parametrize("fast", [True, False])
-def test_padded_frames_change_no_bit_of_real_ones(temporal, fast, monkeypatch):
+def test_padding_of_clips_and_captions_cannot_change_the_loss(temporal, fast, monkeypatch):
+    """Clips of 3 and 2 frames give alone, as if there were no padding, what they give together."""
     monkeypatch.setattr(lib.cpu, "ENABLED", fast)
-    net = randomise(DFGN(tiny(dfgn__temporal=temporal).dfgn))
-    a, b, loss_mask = dfgn_inputs(6), dfgn_inputs(6, seed=50), torch.tensor([[1.0] * 4 + [0] * 2, [1, 1] + [0] * 4])
-    real, mixed = loss_mask.bool(), dict(a, cond_mask=a["cond_mask"].where(loss_mask.bool(), 1 - a["cond_mask"]))
-    for name in ("z_t", "known"):
-        mixed[name] = a[name].where(real[:, :, None, None, None], 100 * b[name])
+    net = randomise(RDTF(tiny(f"dfgn.temporal={temporal}")))
+    captions, t = ["a red cat", "a very long caption about nothing at all, twice over"], torch.tensor([300, 700])
+    z0, noise, cond = latents(2, 8), latents(2, 8, 1), torch.tensor([[1.0] + [0] * 7] * 2)
+
+    def losses(which, T, lengths, filling=0.0):
+        padding = (torch.arange(T) >= torch.tensor(lengths)[:, None]).float()
+        z, e = (x[which, :T] + filling * padding[:, :, None, None, None] for x in (z0, noise))
+        return net(z, tokenize(captions[which]), t[which], e, cond[which, :T] + filling * padding, 1 - padding)
     with torch.no_grad():
-        one, two = net(**a, loss_mask=loss_mask), net(**mixed, loss_mask=loss_mask)
-    assert torch.equal(one[real], two[real]) and one[real].std() > 0.01 and not torch.equal(one[~real], two[~real])
-
-
-LAYERS = {
-    "sti": lambda: model.STI(16, TINY), "conv3d": lambda: model.Conv3D(16, TINY),
-    "spatial": lambda: model.SpatialTransformer(16, TINY), "resnet": lambda: model.Resnet(16, 16, 64, 4),
-    "temporal": lambda: model.TemporalTransformer(16, 2, 8, TINY), "layer": lambda: model.Layer(16, 16, 64, TINY, True),
-    "known": lambda: model.KnownEncoder(15)}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_every_layer_masks_padding(name):
-    """A clip of 3 frames gives the same alone, and behind it 5 padded frames of anything."""
-    layer = randomise(LAYERS[name]())
-    time, context = normal(1, 64, seed=1), normal(1, 5, 16, seed=2)
-
-    def run(x, T):
-        clip = Clip((torch.arange(T) < 3).float()[None], time, context, None)
-        if name == "known":
-            return layer(x[None, :, :15], x[None, :, 15, 0, 0], clip)[:3]
-        return layer(x, clip)[:3]
-    x = normal(3, 16, 4, 4)
-    with torch.no_grad():
-        want = run(x, 3)
-        for value in (0.0, 9.0):
-            got = run(torch.cat([x, torch.full((5, 16, 4, 4), value)]), 8)
-            assert torch.allclose(got, want, atol=1e-5) and want.std() > 0.01
-
-
-@BOTH
-def test_padding_cannot_change_the_loss(temporal):
-    net = randomise(RDTF(tiny(dfgn__temporal=temporal)))
-    z0, noise, tokens, t = latents(2, 3), latents(2, 3, 1), tokenize(["a red cat", "fire"]), torch.tensor([300, 700])
-    cond = torch.tensor([[1.0, 0, 0], [0, 0, 0]])
-
-    def fill(x, T, value):
-        return torch.cat([x, torch.full((2, T - 3, *x.shape[2:]), value)], 1)
-    with torch.no_grad():
-        want = net(z0, tokens, t, noise, cond, torch.ones(2, 3))
-        for T, z, e, given in ((4, 0.0, 0.5, 0.0), (8, 9.0, -5.0, 1.0)):
-            mask = fill(torch.ones(2, 3), T, 0.0)
-            got = net(fill(z0, T, z), tokens, t, fill(noise, T, e), fill(cond, T, given), mask)
-            assert torch.allclose(got, want, rtol=1e-5) and want.min() > 0.01
+        alone = torch.cat([losses(slice(0, 1), 3, [3]), losses(slice(1, 2), 2, [2])])
+        for T in (4, 8):
+            together, other = (losses(slice(0, 2), T, [3, 2], filling) for filling in (0.0, 90.0))
+            assert torch.allclose(together, alone, rtol=1e-5) and torch.equal(together, other) and alone.min() > 0.01
 
 
 @BOTH
 def test_frames_are_mixed(temporal):
-    net, a = randomise(DFGN(tiny(dfgn__temporal=temporal).dfgn)), dfgn_inputs(4)
+    net, a = randomise(DFGN(replace(TINY, temporal=temporal))), dfgn_inputs(4)
     b = dict(a, z_t=a["z_t"] + torch.tensor([0.0, 0, 1, 0])[:, None, None, None])
     with torch.no_grad():
         change = net(**a, loss_mask=torch.ones(2, 4)) - net(**b, loss_mask=torch.ones(2, 4))
@@ -257,16 +202,6 @@ def test_temporal_convolution_is_conv3d(depthwise):
         assert torch.allclose(got, want.transpose(1, 2).flatten(0, 1), atol=1e-6)
 
 
-def test_text_padding_changes_no_prediction():
-    net = randomise(RDTF(tiny()))
-    z, t, ones, zeros = latents(1, 3), torch.tensor([400]), torch.ones(1, 3), torch.zeros(1, 3)
-    both = net.encode_text(tokenize(["a red cat", "a very long caption about nothing at all, twice over"]))
-    with torch.no_grad():
-        alone, beside, other = (net.eps(z, t, *text, z * 0, zeros, ones) for text in (
-            net.encode_text(tokenize(["a red cat"])), [x[:1] for x in both], [x[1:] for x in both]))
-    assert torch.allclose(alone, beside, atol=1e-5) and (alone - other).abs().max() > 1e-3
-
-
 # ---- diffusion
 
 @pytest.mark.parametrize("schedule, power", [("linear", 1), ("scaled_linear", 2)])
@@ -298,7 +233,7 @@ def test_the_three_predictions_say_the_same(prediction):
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "z0"])
 def test_the_loss_is_the_weighted_error_and_eps_agrees(prediction):
-    net = RDTF(tiny(diffusion__prediction=prediction))
+    net = RDTF(tiny(f"diffusion.prediction={prediction}"))
     z0, noise, t = latents(2, 4), latents(2, 4, 1), torch.tensor([300, 800])
     mask, cond = torch.tensor([[1.0] * 4, [1, 1, 0, 0]]), torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 1]])
     target, taken = net.diffusion.target(z0, noise, t), []
@@ -319,8 +254,7 @@ def test_the_loss_is_the_weighted_error_and_eps_agrees(prediction):
 @BOTH
 def test_gradient_reaches_every_parameter(temporal):
     """The last convolution starts at zero, then the branches, then what is behind them: three steps wake the last."""
-    torch.manual_seed(0)
-    config = tiny(dfgn__temporal=temporal, vae__size=64)
+    config = tiny(f"dfgn.temporal={temporal}", "vae.size=64")
     net, vae = RDTF(config), VAE(config.vae)
     assert not net.dfgn(**dfgn_inputs(4), loss_mask=torch.ones(2, 4)).any()     # the start predicts nothing
     optimizer = torch.optim.AdamW([*net.parameters(), *vae.parameters()], lr=1e-3)
@@ -367,18 +301,13 @@ def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory(monkeyp
         torch.testing.assert_close(other, wanted, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", [4, 300])
-def test_the_fast_ways_of_a_cpu_give_the_plain_results(rows, monkeypatch):
-    """Outputs and gradients of lib.cpu's layers, and of a DFGN, with and without them."""
-    mask = normal(2, rows, seed=3) > 0
-    heads = [normal(2, 3, n, 8, seed=n).double().requires_grad_() for n in (5, rows, rows + 1)]
-    cases = [(Linear(256, 48).double(), [normal(2, rows, 256).double().requires_grad_()]),
-             (Conv3x3(rows, 24, stride=2).double(), [normal(2, rows, 7, 6).double().requires_grad_()]),
-             (attend, [heads[0], heads[1], heads[2][:, :, :rows]]),
-             (lambda q, k, v: attend(q, k, v, mask), [heads[0], heads[1], heads[2][:, :, :rows]])]
-    net, batch = randomise(DFGN(tiny(dfgn__widths=(16, 256), dfgn__head_dim=16).dfgn)), dfgn_inputs(3)
-    z_t = batch.pop("z_t").requires_grad_()
-    cases.append((lambda z_t: net(z_t, **batch, loss_mask=torch.ones(2, 3)), [z_t]))
+def test_the_fast_ways_of_a_cpu_give_the_plain_results(monkeypatch):
+    """Outputs and gradients of lib.cpu's layers."""
+    wide, many = (normal(2, 300, *size).double().requires_grad_() for size in ((256,), (7, 6)))
+    heads = [normal(2, 3, n, 8, seed=i).double().requires_grad_() for i, n in enumerate((6, 5, 5))]
+    mask = torch.tensor([[1, 0, 0, 1, 1], [0, 1, 0, 0, 0]]).bool()
+    cases = [(Linear(256, 48).double(), [wide]), (Conv3x3(300, 24, stride=2).double(), [many]), (attend, heads),
+             (lambda q, k, v: attend(q, k, v, mask), heads)]
     for layer, inputs in cases:
         found = []
         for fast in (True, False):

@@ -1,5 +1,5 @@
 """Signals, kills, full disks and second processes lose nothing of a run; two ranks are one. tools/soak.py does more."""
-import json
+import multiprocessing
 import os
 import re
 import resource
@@ -8,8 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,8 @@ from conftest import run_train
 from test_train import RUN_FILES, SCRIPT, assert_same, log_of, options, state_of
 
 import train
-from lib import checkpoints, files
+from lib import checkpoints
 from lib.files import UserError, run_cli
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks' processes in /proc")
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +46,26 @@ def assert_same_runs(a, b):
 
 def half_of(run, folder):
     """A copy of a run at the checkpoint before its last."""
-    shutil.copytree(run, folder, ignore=shutil.ignore_patterns("state.pt"))
+    shutil.copytree(run, folder)
     (folder / "state.prev.pt").replace(folder / "state.pt")
     return folder
 
 
-def at_step(monkeypatch, step, do):
-    """do() once, behind the backward pass of that step, so that a signal is seen in the next one."""
+def forked(work):
+    """(exit status of work() in a copy of this process, negative for a signal; what it wrote)."""
+    with tempfile.NamedTemporaryFile("r") as output:
+        def child():
+            os.setsid()                                                # a process group of its own
+            sys.stdout = sys.stderr = open(output.name, "w", buffering=1)
+            run_cli(work)
+        process = multiprocessing.get_context("fork").Process(target=child)
+        process.start()
+        process.join()
+        return process.exitcode, output.read()
+
+
+def at_step(step, do):
+    """In a process of its own: do() once behind that step's backward pass; a signal is then seen in the next step."""
     plain, done = train.learning_rate, []
 
     def hooked(config, now):
@@ -62,7 +73,11 @@ def at_step(monkeypatch, step, do):
             done.append(now)
             do()
         return plain(config, now)
-    monkeypatch.setattr(train, "learning_rate", hooked)
+    train.learning_rate = hooked
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ---- one process
@@ -70,139 +85,87 @@ def at_step(monkeypatch, step, do):
 @pytest.mark.parametrize("stage, number, more", [
     ("vae", signal.SIGTERM, {}), ("dfgn", signal.SIGINT, {}),
     ("dfgn", signal.SIGTERM, dict(frames="sample", still_share=0, workers=1))])
-def test_a_signal_saves_and_the_run_goes_on(stage, number, more, vae_argv, argv, tmp_path, monkeypatch, capsys):
-    """Within a log window; the status is 128 + the signal's number; bit for bit what an uninterrupted run does."""
+def test_a_signal_saves_and_the_run_goes_on(stage, number, more, vae_argv, argv, tmp_path):
+    """To the whole process group, so to its loaders, too, as job schedulers send it; within a log window."""
     argv = options(vae_argv if stage == "vae" else argv, steps=6, log_every=4, save_every=100, **more)
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     run_train(*argv, "--out", tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match=str(128 + number)):
-        at_step(patch, 1, lambda: signal.raise_signal(number))
-        run_train(*argv, "--out", tmp_path / "run")
-    assert state_of(tmp_path / "run")["step"] == 3
-    assert f"stopped by {number.name} after step 3, which is saved" in capsys.readouterr().out
-    run_train(*argv, "--out", tmp_path / "run")
-    assert_same_runs(tmp_path / "run", tmp_path / "whole")
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
 
-
-def test_a_sigterm_to_the_whole_group_saves(argv, whole, tmp_path):
-    """As job schedulers send it: the loader processes get it, too."""
-    command = [sys.executable, SCRIPT, *argv, "--out", tmp_path / "run", "--workers", 1, "--save-every", 100]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    assert wait_until(process, (tmp_path / "run/log.jsonl").exists)
-    os.killpg(process.pid, signal.SIGTERM)
-    out, error = process.communicate(timeout=600)
-    assert process.returncode in (0, 143), error                       # 0: it was at its last step
-    assert process.returncode == 0 or "stopped by SIGTERM" in out
+    def signalled():
+        at_step(1, lambda: os.killpg(0, number))
+        run_train(*argv, "--out", tmp_path / "run")
+    status, output = forked(signalled)
+    assert status == 128 + number and f"stopped by {number.name} after step 3, which is saved" in output, output
+    assert state_of(tmp_path / "run")["step"] == 3
     run_train(*argv, "--out", tmp_path / "run")
-    assert_same_runs(tmp_path / "run", whole)
+    assert_same_runs(tmp_path / "run", tmp_path / "whole")
 
 
-def forked(work):
-    """(exit status of work() in a copy of this process, negative for a signal; what it wrote)."""
-    read, write = os.pipe()
-    if not (pid := os.fork()):
-        os.dup2(write, 1), os.dup2(write, 2)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
-        status = 1
-        try:
-            run_cli(work)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-    os.close(write)
-    with open(read) as pipe:
-        output = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output
+@pytest.mark.parametrize("moment", ["latents", "config.json", "step", "log line", "checkpoint", "model.safetensors",
+                                    "state.pt"])
+def test_a_kill_at_any_moment_loses_nothing(moment, argv, whole, stickers16, tmp_path):
+    """Within what is written, or before it gets its name; in a step, where a loader lives on for seconds."""
+    run, save, replace, moments = half_of(whole, tmp_path / "run"), torch.save, os.replace, train.VAE.moments
+    if moment == "latents":
+        without = shutil.ignore_patterns("latents-*")
+        argv = options(argv, data=shutil.copytree(stickers16, tmp_path / "set", ignore=without))
 
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("moment", ["save", "between the renames", "model", "log line", "start"])
-def test_a_kill_at_any_moment_loses_nothing(moment, argv, whole, tmp_path, monkeypatch):
-    run, replace = half_of(whole, tmp_path / "run"), os.replace
+    def cut_line(log, *_, **__):
+        with open(log, "a") as file:
+            file.write('{"step": 5, "lo')
+        die()
 
     def killed():
-        if moment == "save":                                           # while state.pt.tmp is written
-            plain = torch.save
-            torch.save = lambda value, file: (plain(value, file), file.truncate(5000), die())
-        elif moment == "between the renames":
-            os.replace = lambda a, b: (replace(a, b), die() if Path(b).name == "state.prev.pt" else None)
-        elif moment == "model":
-            os.replace = lambda a, b: die() if Path(b).name == "model.safetensors" else replace(a, b)
+        if moment == "latents":
+            batches = [1, 2]
+            train.VAE.moments = lambda vae, x: moments(vae, x) if batches and batches.pop() else die()
+        elif moment == "step":
+            at_step(6, die)
         elif moment == "log line":
-            def cut(log, line=None, durably=False):
-                with open(log, "a") as file:
-                    file.write(json.dumps(line)[:40])
-                die()
-            train.append = cut
-        elif moment == "start":
-            os.replace = lambda a, b: die() if Path(b).name == "config.json" else replace(a, b)
-        run_train(*argv, "--out", run)
+            train.append = cut_line
+        elif moment == "checkpoint":
+            torch.save = lambda state, file: (save(state, file), file.truncate(5000), die())
+        else:
+            os.replace = lambda a, b: die() if Path(b).name == moment else replace(a, b)
+        run_train(*options(argv, out=run, workers=int(moment == "step")))
     assert forked(killed)[0] == -signal.SIGKILL
+    assert len(list(tmp_path.glob("set/latents-*.part"))) == (moment == "latents")
     run_train(*argv, "--out", run)
     assert_same_runs(run, whole)
-
-
-def test_a_kill_while_the_latents_are_encoded(argv, whole, stickers16, tmp_path):
-    copy = Path(shutil.copytree(stickers16, tmp_path / "set", ignore=shutil.ignore_patterns("latents-*")))
-    moved = options(argv, data=copy, out=tmp_path / "run")
-
-    def killed():
-        plain, count = train.VAE.moments, iter(range(3))
-        train.VAE.moments = lambda self, x: plain(self, x) if next(count) < 2 else die()
-        run_train(*moved)
-    assert forked(killed)[0] == -signal.SIGKILL
-    part, = copy.glob("latents-*.part")
-    assert part.stat().st_size > 0
-    os.truncate(part, part.stat().st_size - 7)                         # within a row
-    run_train(*moved)
-    assert_same_runs(tmp_path / "run", whole)
-    assert not list(copy.glob("*.part"))
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(argv, whole, tmp_path, capsys):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     os.truncate(run / "state.pt", 5000)
-    (run / "log.jsonl").write_text((run / "log.jsonl").read_text() + '{"step": 9')
     run_train(*argv, "--out", run)
     assert f"{run / 'state.pt'}: not readable" in capsys.readouterr().err
     assert_same_runs(run, whole)
-    for name in ("state.pt", "state.prev.pt"):
-        (run / name).write_bytes(b"broken")
-    before = {p.name: p.read_bytes() for p in run.iterdir()}
-    with pytest.raises(UserError, match="state.pt and state.prev.pt cannot be read"):
-        run_train(*argv, "--out", run)
-    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
     state = state_of(whole)
     state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
-    for wrong, said in ((dict(state, step=4), "moments of another shape than parameter 0"),
-                        (dict(state, net={}), "Missing key"), (dict(step=1), "KeyError: 'net'"), ([1], "TypeError")):
+    for wrong, said in ((state, "moments of another shape than parameter 0"), (dict(state, net={}), "Missing key"),
+                        (dict(step=1), "KeyError: 'net'"), ([1], "TypeError")):
         torch.save(wrong, run / "state.pt")
         with pytest.raises(UserError, match=f"{run}: its checkpoint is not one of this run .*{said}"):
             run_train(*argv, "--out", run)
 
 
+def limit_files(size):
+    """Longer files cannot be written by this process, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
 @pytest.mark.parametrize("name", ["state.pt", "model.safetensors", "log.jsonl"])
 def test_a_full_disk_ends_in_a_sentence_and_spoils_nothing(name, argv, whole, tmp_path):
     run = half_of(whole, tmp_path / "run")
-    before = (run / "state.pt").read_bytes()
-    size = (run if name == "log.jsonl" else whole).joinpath(name).stat().st_size
-    if name == "log.jsonl":                                            # cut to the checkpoint before
-        size = sum(len(line) + 1 for line in (run / name).read_text().splitlines()[:4]) + 10
+    before, content = (run / "state.pt").read_bytes(), (whole / name).read_bytes()
+    if name == "log.jsonl":                                            # cut to four lines before the first step
+        content = b"".join(content.splitlines(keepends=True)[:4]) + b"12 bytes more"
 
     def full():
         plain = train.write_config
-        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1, resource.RLIM_INFINITY))
-        train.write_config = lambda *a: (plain(*a), limit())
+        train.write_config = lambda *a: (plain(*a), limit_files(len(content) - 1))
         run_train(*argv, "--out", run)
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     status, output = forked(full)
     errors = [line for line in output.splitlines() if "error: " in line]
     assert status == 2 and len(errors) == 1, output
@@ -217,70 +180,58 @@ def test_a_second_process_is_refused(argv, whole, tmp_path):
     with checkpoints.lock_run(run), pytest.raises(UserError, match=f"--out {run} is being written by another process"):
         run_train(*argv, "--out", run)
     assert log_of(run) == log_of(whole)
-    run_train(*argv, "--out", run)
-    assert_same_runs(run, whole)
 
 
-@needs_proc
-def test_a_killed_run_leaves_no_lock_to_its_loaders(argv, tmp_path):
-    """The loader processes outlive it by seconds; the same command may go on at once."""
-    process = start([*argv, "--steps", 4000, "--workers", 1, "--out", tmp_path / "run"])
-    assert wait_until(process, (tmp_path / "run/log.jsonl").exists)
-    process.kill()
-    process.communicate()
-    with files.lock(tmp_path / "run/lock", "the run"):
-        pass
+def test_a_killed_loader_is_told_in_a_sentence(argv, tmp_path):
+    def kill_loader():
+        loader, = multiprocessing.active_children()
+        loader.kill()
+        os.waitid(os.P_PID, loader.pid, os.WEXITED | os.WNOWAIT)       # until torch hears of it
 
-
-def test_a_killed_loader_is_told_in_a_sentence(argv, tmp_path, monkeypatch):
-    at_step(monkeypatch, 2, lambda: (os.kill(children(os.getpid())[-1], signal.SIGKILL), time.sleep(0.2)))
-    with pytest.raises(UserError, match="--workers: DataLoader worker .* The same command goes on from the last"):
-        run_train(*options(argv, steps=40, save_every=2, out=tmp_path / "run", workers=1))
+    def killed():
+        at_step(2, kill_loader)
+        run_train(*options(argv, save_every=2, out=tmp_path / "run", workers=1))
+    status, output = forked(killed)
+    assert status == 2 and re.search("error: --workers: DataLoader worker .* The same command goes on from the", output)
     assert state_of(tmp_path / "run")["step"] == 2
 
 
-# ---- several processes
+# ---- two ranks
 
-def start(arguments, ranks=1, restarts=0):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                f"--max-restarts={restarts}"]
-    command = [sys.executable, *(launcher if ranks > 1 else []), SCRIPT, *arguments]
-    return subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def torchrun(folder, *argv, do=None, agents=1, restarts=0):
+    """(exit statuses of its agents, what all wrote on stderr) of two ranks of a training, which do() in step 5.
 
-
-def wait_for(*launchers):
+    Two agents have a rank each, as on two nodes."""
+    script, here = folder / "script.py", [str(SCRIPT.parent), str(Path(__file__).parent)]
+    hook = f"test_resume.at_step(5, test_resume.{do.__name__})" if do else ""
+    script.write_text(f"import sys\nsys.path[:0] = {here}\nimport test_resume, train\n{hook}\n"
+                      "train.run_cli(train.main)\n")
+    meet = ["--standalone"]
+    if agents == 2:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        meet = ["--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}", "--rdzv_id=run",
+                "--local_addr=127.0.0.1"]
+    command = [sys.executable, "-m", "torch.distributed.run", *meet, f"--nproc_per_node={2 // agents}",
+               f"--max-restarts={restarts}", script, *argv]
+    environment = dict(os.environ, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=str(agents - 1))
+    launchers = [subprocess.Popen([*map(str, command)], env=environment, stdout=subprocess.DEVNULL,
+                                  stderr=subprocess.PIPE, text=True) for _ in range(agents)]
     try:
         errors = [launcher.communicate(timeout=600)[1] for launcher in launchers]
     finally:
         for launcher in launchers:
             launcher.terminate()                                       # takes its ranks along; kill() would leave them
-    assert all(launcher.returncode == 0 for launcher in launchers), "\n".join(e[-3000:] for e in errors)
-
-
-def children(pid):
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def wait_until(process, happened, seconds=300):
-    end = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end and not happened():
-        time.sleep(0.001)
-    return process.poll() is None
-
-
-@contextmanager
-def environment(**values):
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            patch.setenv(name, value)
-        yield
+    return [launcher.returncode for launcher in launchers], "\n".join(errors)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(argv, tmp_path_factory):
-    run = tmp_path_factory.mktemp("two") / "run"
-    wait_for(start([*argv, "--out", run], 2))
-    return run
+    folder = tmp_path_factory.mktemp("two")
+    status, errors = torchrun(folder, *argv, "--out", folder / "run")
+    assert status == [0], errors[-3000:]
+    return folder / "run"
 
 
 def test_two_ranks_see_what_one_sees(two_ranks, whole):
@@ -293,55 +244,43 @@ def test_two_ranks_see_what_one_sees(two_ranks, whole):
     assert all(torch.allclose(a[k], b[k], atol=2e-3) for k in a)
 
 
-@needs_proc
-def test_a_killed_rank_is_started_again_by_torchrun(two_ranks, argv, tmp_path):
+def kill_rank_1_once():
+    mark = Path(sys.argv[0]).with_suffix(".killed")
+    if os.environ["RANK"] == "1" and not mark.exists():
+        mark.touch()
+        die()
+
+
+@pytest.mark.parametrize("agents", [1, 2])
+def test_a_killed_rank_is_started_again_by_torchrun(agents, two_ranks, argv, tmp_path):
     """With --zero, which changes no bit: moments and files are those of a run without it."""
     run = tmp_path / "run"
-    launcher = start([*argv, "--zero", "--out", run], 2, restarts=1)
-    assert wait_until(launcher, (run / "state.pt").exists)
-    os.kill(children(launcher.pid)[-1], signal.SIGKILL)
-    wait_for(launcher)
+    status, errors = torchrun(tmp_path, *argv, "--zero", "--out", run, do=kill_rank_1_once, agents=agents, restarts=1)
+    assert status == [0] * agents and (tmp_path / "script.killed").exists(), errors[-3000:]
     assert_same_runs(run, two_ranks)
 
 
-@needs_proc
-def test_two_agents_meet_again_after_a_kill(two_ranks, argv, tmp_path):
-    """Two torchrun agents of one rank each, as on two nodes: bit for bit what one agent's two ranks do."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    meet = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint={address}", "--rdzv_id=run",
-            "--local_addr=127.0.0.1", "--max-restarts=1"]
-    command = [sys.executable, "-m", "torch.distributed.run", *meet, SCRIPT, *argv, "--out", tmp_path / "run"]
-    with environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"):
-        agents = [subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-                  for _ in range(2)]
-    assert wait_until(agents[0], (tmp_path / "run/state.pt").exists)
-    os.kill(children(agents[1].pid)[-1], signal.SIGKILL)
-    wait_for(*agents)
-    assert_same_runs(tmp_path / "run", two_ranks)
+def press_ctrl_c():
+    """To torchrun, which passes it on to both ranks; wait until this one has seen it."""
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGINT)
+    while signal.getsignal(signal.SIGINT) != signal.SIG_DFL:
+        time.sleep(0.01)
 
 
-@needs_proc
 def test_ctrl_c_under_torchrun_saves_and_one_rank_goes_on(argv, whole, tmp_path):
     run = tmp_path / "run"
-    launcher = start([*argv, "--out", run, "--save-every", 100], 2)
-    assert wait_until(launcher, (run / "log.jsonl").exists)
-    launcher.send_signal(signal.SIGINT)
-    assert "[rank" not in launcher.communicate(timeout=300)[1]         # no traceback of a rank
-    step = state_of(run)["step"]
-    assert 1 <= step and [line["step"] for line in log_of(run)] == list(range(1, step + 1))
+    _, errors = torchrun(tmp_path, *argv, "--out", run, "--save-every", 100, do=press_ctrl_c)
+    assert "[rank" not in errors                                       # no traceback of a rank
+    assert state_of(run)["step"] == 7 and [line["step"] for line in log_of(run)] == list(range(1, 8))
     run_train(*argv, "--out", run)
     assert [x["loss"] for x in log_of(run)] == pytest.approx([x["loss"] for x in log_of(whole)], rel=1e-4)
 
 
-@needs_proc
+def fill_the_disk():
+    limit_files(100_000)
+
+
 def test_all_ranks_end_when_one_cannot_save(argv, tmp_path):
-    launcher = start([*argv, "--out", tmp_path / "run", "--steps", 4000], 2)
-    assert wait_until(launcher, (tmp_path / "run/log.jsonl").exists)
-    ranks = children(launcher.pid)
-    for pid in ranks:
-        resource.prlimit(pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    error = launcher.communicate(timeout=300)[1]
-    assert launcher.returncode and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    assert re.search(r"error: .*cannot be written \(.*File too large", error), error[-3000:]
+    status, errors = torchrun(tmp_path, *argv, "--out", tmp_path / "run", do=fill_the_disk)
+    assert status != [0] and re.search(r"error: .*cannot be written \(.*File too large", errors), errors[-3000:]

@@ -17,14 +17,13 @@ METHODS = ["method-alpha", "gamma-ray", "zeta-net"]
 NASTY = '<b>"x"</b> </script><!-- <script>\u2028 & \\'
 
 
-def make_inputs(methods=METHODS, side=16):
-    """Two inputs with moving squares, the second with a given picture."""
+def make_inputs():
+    """Two inputs of random clips, the second with a given picture."""
     def clip(seed):
-        frames = np.zeros((4, side, side, 4), np.uint8)
-        for t in range(4):
-            frames[t, 2:10, 2 + t:10 + t] = [*np.random.default_rng(seed).integers(256, size=3), 255]
+        frames = np.random.default_rng(seed).integers(0, 256, (4, 16, 16, 4), np.uint8)
+        frames[..., 3] = 255
         return frames
-    clips = [{method: clip((k, m)) for m, method in enumerate(methods)} for k in (0, 1)]
+    clips = [{method: clip((k, m)) for m, method in enumerate(METHODS)} for k in (0, 1)]
     return [dict(caption=NASTY, given=[], clips=clips[0]), dict(caption="a star", given=[clip(9)[0]], clips=clips[1])]
 
 
@@ -36,18 +35,22 @@ def answer(key, participant, choose):
 
 
 @pytest.fixture
-def written(tmp_path):
-    """-> page, key, and a function that saves answers as the file NAME.json."""
+def key(tmp_path):
+    """What the key says of a study that is written as tmp_path / "study.html"."""
     study.write_study(tmp_path / "study.html", make_inputs(), METHODS, seed=3)
-
-    def save(name, value):
-        (tmp_path / f"{name}.json").write_text(value if isinstance(value, str) else json.dumps(value))
-        return tmp_path / f"{name}.json"
-    return tmp_path / "study.html", json.loads((tmp_path / "study.key.json").read_text()), save
+    return json.loads((tmp_path / "study.key.json").read_text())
 
 
-def test_page_is_blind_lossless_and_the_same_again(written, tmp_path):
-    text, key, inputs = written[0].read_text("utf-8"), written[1], make_inputs()
+def results(folder, **files):
+    """study_results of answers that are saved as NAME.json."""
+    paths = [folder / f"{name}.json" for name in files]
+    for path, value in zip(paths, files.values()):
+        path.write_text(value if isinstance(value, str) else json.dumps(value))
+    return study.study_results(folder / "study.key.json", paths)
+
+
+def test_page_is_blind_lossless_and_the_same_again(key, tmp_path):
+    text, inputs = (tmp_path / "study.html").read_text("utf-8"), make_inputs()
     shown = json.loads(text.split('id="study">')[1].split("</script>")[0])
     assert not any(method in text for method in METHODS) and "http" not in text.replace("http-equiv", "")
     assert [x["caption"] for x in shown["inputs"]] == [x["caption"] for x in inputs] and shown["id"] == key["study"]
@@ -56,34 +59,32 @@ def test_page_is_blind_lossless_and_the_same_again(written, tmp_path):
         for s in x["stickers"]:
             frames, durations = read_animation(base64.b64decode(s["image"].split(",")[1]))
             assert (frames == inputs[k]["clips"][secret["codes"][s["code"]]]).all() and list(durations) == [125] * 4
-    for name, seed in (("again", 3), ("other", 4)):
-        study.write_study(tmp_path / f"{name}.html", make_inputs(), METHODS, seed=seed)
-        assert ((tmp_path / f"{name}.html").read_bytes() == written[0].read_bytes()) == (seed == 3)
+    for seed in (3, 4):
+        study.write_study(tmp_path / "again.html", make_inputs(), METHODS, seed=seed)
+        assert ((tmp_path / "again.html").read_text("utf-8") == text) == (seed == 3)
 
 
-def test_order_on_the_page_is_shuffled_evenly(tmp_path):
-    study.write_study(tmp_path / "a.html", make_inputs()[:1] * 60, METHODS, seed=0)
-    firsts = [next(iter(x["codes"].values())) for x in json.loads((tmp_path / "a.key.json").read_text())["inputs"]]
+def test_order_is_shuffled_evenly():
+    codes = [study.blind(k, make_inputs()[0], METHODS, 0, 125)[1]["codes"] for k in range(60)]
+    firsts = [next(iter(of_input.values())) for of_input in codes]
     assert all(10 <= firsts.count(method) <= 30 for method in METHODS)
 
 
-@pytest.mark.parametrize("inputs, methods, culprit", [
-    (make_inputs(), METHODS[:1], "2 to 26 methods"), (make_inputs(), METHODS[:1] * 2, "2 to 26 methods"),
-    ([dict(make_inputs()[0], caption=" ")], METHODS, "input 1 has no caption"),
-    (make_inputs(), [*METHODS, "new"], "input 1, .* lacks a sticker")])
-def test_study_that_cannot_be_ranked_is_refused(tmp_path, inputs, methods, culprit):
+@pytest.mark.parametrize("change, methods, culprit", [
+    ({}, METHODS[:1], "2 to 26 methods"), ({}, METHODS[:1] * 2, "2 to 26 methods"),
+    (dict(caption=" "), METHODS, "input 1 has no caption"), ({}, [*METHODS, "new"], "input 1, .* lacks a sticker")])
+def test_study_that_cannot_be_ranked_is_refused(tmp_path, change, methods, culprit):
     with pytest.raises(UserError, match=culprit):
-        study.write_study(tmp_path / "a.html", inputs, methods, seed=0)
+        study.write_study(tmp_path / "a.html", [{**make_inputs()[0], **change}], methods, seed=0)
     assert not list(tmp_path.iterdir())
 
 
-def test_scores_by_hand_and_table_beside_the_paper(written, tmp_path, capsys):
-    _, key, save = written
+def test_scores_by_hand_and_table_beside_the_paper(key, tmp_path, capsys):
     a, b, c = METHODS
-    first = answer(key, "p1", lambda i, criterion: [a, b, c])
-    second = answer(key, "p2", lambda i, criterion: [c, a, b] if criterion == "text" and i == 1 else [a, b, c])
-    files = [str(save("one", first)), str(save("two", second))]
-    study.main(["results", *files, "--key", str(tmp_path / "study.key.json")])
+    results(tmp_path, one=answer(key, "p1", lambda i, criterion: [a, b, c]),
+            two=answer(key, "p2", lambda i, criterion: [c, a, b] if (i, criterion) == (1, "text") else [a, b, c]))
+    files = [str(tmp_path / name) for name in ("one.json", "two.json", "study.key.json")]    # as study*.json finds them
+    study.main(["results", *files, "--key", files[-1]])
     head, table, note = capsys.readouterr().out.strip().split("\n\n")
     assert "participants: 2, inputs: 2" in head and "best of 3 = 3" in head and "ours sums to 6" in note
     rows = table.splitlines()
@@ -103,23 +104,24 @@ def test_interval_resamples_both_ways():
 @pytest.mark.parametrize("change, reason", [
     (lambda v: v.update(study="0123"), "answers to another study"),
     (lambda v: v.update(participant=None), "who the participant is"),
-    (lambda v: v["answers"].pop(), "text, interest, motion for each of the 2 inputs"),
+    (lambda v: v.update(participant="p0"), "participant p0 is in .*good.json already"),
+    (lambda v: v["answers"].pop(), "does not answer text, interest, motion for each of the 2 inputs"),
     (lambda v: v["answers"][1].pop("motion"), "does not answer text, interest, motion for each"),
-    *((lambda v, c=c: v["answers"][1].update(motion=[*v["answers"][1]["motion"][:2], *c]),
-       "input 2, motion, does not rank each sticker exactly once") for c in ([], ["x"], [{}]))])
-def test_bad_answers_are_refused_by_name(written, tmp_path, change, reason):
-    _, key, save = written
-    good = answer(key, "p1", lambda i, c: METHODS)
-    bad = json.loads(json.dumps(good))
+    (lambda v: v["answers"][1]["motion"].append("x"), "input 2, motion, does not rank each sticker exactly once"),
+    (lambda v: v["answers"][1].update(motion=["x", {}, []]), "input 2, motion, does not rank each sticker"),
+    (lambda v: v.pop("answers"), "not a JSON object with study")])
+def test_bad_answers_are_refused_by_name(key, tmp_path, change, reason):
+    good, bad = (answer(key, participant, lambda i, criterion: METHODS) for participant in ("p0", "p1"))
     change(bad)
-    key = tmp_path / "study.key.json"
     with pytest.raises(UserError, match=f"bad.json: .*{reason}"):
-        study.study_results(key, [save("good", dict(good, participant="p0")), save("bad", bad)])
-    for match, files in (("b.json: participant p1 is in .*a.json", [save("a", good), save("b", good)]),
-                         ("cut.json: cannot be read as JSON", [save("cut", "{")]), ("no answers", []),
-                         ("list.json: not a JSON object with study", [save("list", "[]")])):
-        with pytest.raises(UserError, match=match):
-            study.study_results(key, files)
+        results(tmp_path, good=good, bad=bad)
+
+
+def test_files_that_are_no_answers_are_refused(key, tmp_path):
+    with pytest.raises(UserError, match="results: no answers"):
+        results(tmp_path)
+    with pytest.raises(UserError, match="cut.json: cannot be read as JSON"):
+        results(tmp_path, cut="{")
 
 
 # ---- the page in a browser
@@ -137,11 +139,11 @@ const caption = $("caption").textContent, wide = document.documentElement.scroll
 """
 
 
-def test_ranking_in_a_browser(written, tmp_path):
+def test_ranking_in_a_browser(key, tmp_path):
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not program:
         pytest.skip("no chromium, chromium-browser or google-chrome")
-    (page, key, save), (a, b, c) = written, METHODS
+    page, (a, b, c) = tmp_path / "study.html", METHODS
 
     def press(i, *methods):
         letters = ["ABC"[list(key["inputs"][i]["codes"].values()).index(m)] for m in methods]
@@ -159,5 +161,5 @@ def test_ranking_in_a_browser(written, tmp_path):
     assert found["seen"] == [["input 1 of 2, question 1 of 3", 0], *[["input 1 of 2, question 3 of 3", 2]] * 2]
     answers = urllib.parse.unquote(found["href"].split(",", 1)[1])
     assert found["name"] == f"study-{key['study']}-{json.loads(answers)['participant']}.json"
-    scores = study.study_results(tmp_path / "study.key.json", [save("answers", answers)])["scores"]
+    scores = results(tmp_path, answers=answers)["scores"]
     assert [[scores[m][c]["value"] for c in key["criteria"]] for m in METHODS] == [[3, 2, 2.5], [2, 2, 2], [1, 2, 1.5]]

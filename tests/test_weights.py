@@ -32,16 +32,10 @@ def zipped(path, name, content, kind=zipfile.ZIP_STORED):
         file.writestr(name, content)
 
 
-def script(path, canary):
-    """What torch.jit.load would compile and run; here the pickle beside it alone does harm."""
-    torch.save(Code(canary), path)
-    zipped(path, "w/code/__torch__.py", "class M: pass")
-
-
 FILES = {
     "pickle": (lambda p, c: torch.save(dict(a=Code(c)), p), "could run code"),
     "legacy": (lambda p, c: torch.save(Code(c), p, _use_new_zipfile_serialization=False), "could run code"),
-    "script": (script, "TorchScript"),
+    "script": (lambda p, c: zipped(p, "w/code/__torch__.py", "class M: pass"), "TorchScript"),
     "bomb": (lambda p, c: zipped(p, "w/data.pkl", bytes(2**24), zipfile.ZIP_DEFLATED), "unpacks to more"),
     "cut": (lambda p, c: p.write_bytes(b"PK\3\4 no more"), "not a ZIP archive"),
     "none": (lambda p, c: torch.save(None, p), "holds nothing")}
@@ -71,7 +65,7 @@ def test_read_weights(tmp_path):
         assert found.keys() == {"a.x", "a.y"} and torch.equal(found["a.x"], tensors["a.x"])
         with pytest.raises(UserError, match="--x .*: holds no weights by name that begins with c., d."):
             W.read_weights(path, "--x", ("c.", "d."))
-    for bad in ({}, [torch.ones(1)], dict(a=1), dict(a=torch.ones(2, device="meta"))):
+    for bad in ([torch.ones(1)], dict(a=torch.ones(2, device="meta"))):
         torch.save(bad, tmp_path / "bad.pt")
         with pytest.raises(UserError, match="--x .*bad.pt: (holds no weights|cannot be read)"):
             W.read_weights(tmp_path / "bad.pt", "--x")
@@ -80,20 +74,15 @@ def test_read_weights(tmp_path):
 
 
 def test_load_strict():
-    def made():
-        return torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
-    good = {k: torch.full_like(v, 2) for k, v in made().state_dict().items() if "num_batches" not in k}
-    net = W.load_strict(made(), good, "--x", "f")
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    good = {k: torch.full_like(v, 2) for k, v in net.state_dict().items() if "num_batches" not in k}
+    W.load_strict(net, good, "--x", "f")
     assert not net.training and all((p == 2).all() and not p.requires_grad for p in net.parameters())
     bad = {**good, "0.weight": torch.ones(3, 9), "more": torch.ones(1)}
     del bad["0.bias"]
     reason = r"missing 1 \(0.bias\); unknown 1 \(more\); of another shape 1 \(0.weight \(3, 9\) instead of \(3, 2\)\)"
     with pytest.raises(UserError, match=f"--x f: not the weights of Sequential: {reason}"):
-        W.load_strict(made(), bad, "--x", "f")
-    with torch.device("meta"):
-        net = torch.nn.Linear(2, 3)
-    tensors = dict(weight=torch.ones(3, 2), bias=torch.ones(3))
-    assert W.load_strict(net, tensors, "--x", "f", assign=True).weight.data_ptr() == tensors["weight"].data_ptr()
+        W.load_strict(net, bad, "--x", "f")
 
 
 # ---- our own files
@@ -116,8 +105,6 @@ def test_models_come_back(saved, tmp_path):
     assert W.is_own(path) and path.stat().st_mode & 0o44 == 0o44
     save_file(dict(a=torch.ones(1)), tmp_path / "other.safetensors", metadata=dict(format="pt"))
     assert not W.is_own(tmp_path / "other.safetensors") and not W.is_own(tmp_path / "none")
-    with pytest.raises(UserError, match="none: no such model; train one"):
-        load_rdtf(tmp_path / "none")
 
 
 def edited(tree, path, value):
@@ -128,9 +115,8 @@ def edited(tree, path, value):
 
 
 METADATA = [
-    ("kind", "vae", "holds 'vae', 'dfgn' is needed"), ("step", ..., "metadata.step"), ("step", "7", "metadata.step"),
-    ("vae", 5, "metadata.vae"), ("vae_file", ..., "metadata.vae_file"), ("config", [], "metadata.config"),
-    ("config.dfgn", [], "configuration is not"), ("config.colour", 1, "colour"),
+    ("kind", "vae", "holds 'vae', 'dfgn' is needed"), ("step", "7", "metadata.step"),
+    ("vae_file", ..., "metadata.vae_file"), ("config.dfgn", [], "configuration is not"), ("config.colour", 1, "colour"),
     ("config.dfgn.widths", [10**9, 32], r"widths is \[1000000000, 32\]"),
     ("config.dfgn.widths", [60000, 60000], "configuration is not|not the weights of RDTF: .*another shape"),
     ("config.dfgn.layers", 60000, "more layers than the file"), ("config.dfgn.layers", "2", "configuration"),
@@ -154,14 +140,13 @@ def with_header(content, change):
     return struct.pack("<Q", len(header)) + header + content[8 + length:]
 
 
-BIAS, META = "dfgn.conv_out.bias", ("__metadata__", "step")
+BIAS, STEP = ("dfgn.conv_out.bias", "shape"), ("__metadata__", "step")
 DAMAGE = {
-    "empty": (lambda c: b"", "not a readable"), "cut": (lambda c: c[:-1], "not a readable"),
+    "empty": (lambda c: b"", "not a readable"),
     "header": (lambda c: struct.pack("<Q", 2**62) + c[8:], "not a readable"),
-    "outside": (lambda c: with_header(c, lambda h: edited(h, (BIAS, "data_offsets"), [0, 10**15])), "not a readable"),
-    "petabytes": (lambda c: with_header(c, lambda h: edited(h, (BIAS, "shape"), [10**15])), "not a readable"),
-    "no metadata": (lambda c: with_header(c, lambda h: edited(h, META[:1], ...)), "something else"),
-    "deep": (lambda c: with_header(c, lambda h: edited(h, META, "[" * 100_000)), "not a readable")}
+    "petabytes": (lambda c: with_header(c, lambda h: edited(h, BIAS, [10**15])), "not a readable"),
+    "no metadata": (lambda c: with_header(c, lambda h: edited(h, STEP[:1], ...)), "something else"),
+    "deep": (lambda c: with_header(c, lambda h: edited(h, STEP, "[" * 100_000)), "not a readable")}
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
@@ -173,41 +158,33 @@ def test_a_file_that_was_damaged(kind, saved, tmp_path):
 
 
 # ---- Stable Diffusion's VAE
-def test_every_naming_of_stable_diffusions_vae_gives_the_same_weights(sd_vae):
-    wanted, compvis = sd_vae["diffusers"], sd_vae["compvis"]
-    full = {**{f"first_stage_model.{k}": w for k, w in compvis.items()}, "encoder.conv_in.weight": torch.ones(3),
-            "model.diffusion_model.out.0.weight": torch.ones(2)}
-    training = {**compvis, "loss.logvar": torch.ones(1), "model_ema.decay": torch.ones(1)}
-    for weights in (*sd_vae.values(), full, training):
+def test_every_naming_of_stable_diffusions_vae_gives_the_same_weights(sd_vae, tmp_path):
+    """A full checkpoint: test_model.py."""
+    published = dict(compvis="decoder.up.3.block.2.conv1.weight", old="encoder.mid_block.attentions.0.proj_attn.bias",
+                     diffusers="decoder.up_blocks.0.upsamplers.0.conv.weight")
+    assert all(name in sd_vae[naming] for naming, name in published.items())
+    wanted, training = sd_vae["diffusers"], {"loss.logvar": torch.ones(1), "model_ema.decay": torch.ones(1)}
+    for weights in (wanted, sd_vae["old"], {**sd_vae["compvis"], **training}):
         named = W.sd_vae_weights(weights)
         assert named.keys() == wanted.keys() and len(named) == 248
         assert all(torch.equal(w, wanted[name]) for name, w in named.items())
     with pytest.raises(ValueError, match="a second tensor for decoder.mid_block.attentions.0.to_k.bias"):
         W.sd_vae_weights({**wanted, **sd_vae["old"]})
-
-
-def test_stable_diffusions_weights_from_files(sd_vae, tmp_path):
-    half = {f"first_stage_model.{k}": w.half() for k, w in sd_vae["compvis"].items()}
-    torch.save(dict(state_dict={"model.out": torch.ones(3), **half}), tmp_path / "sd.ckpt")
     save_file({k: v.half() for k, v in sd_vae["old"].items()}, tmp_path / "vae.safetensors", metadata={"format": "pt"})
-    for path in sorted(tmp_path.iterdir()):
-        vae, metadata = load_vae(path)
-        assert vae.config == SD_VAE and metadata["any_size"] and not vae.training
-        assert (1 / vae.latent_std).tolist() == pytest.approx([0.18215] * 4, rel=1e-6) and not vae.latent_mean.any()
-        state = vae.state_dict()
-        assert all(torch.equal(state[k], w.half().float()) for k, w in sd_vae["diffusers"].items())
+    vae, metadata = load_vae(tmp_path / "vae.safetensors")
+    assert vae.config == SD_VAE and metadata["any_size"] and not vae.training
+    assert (1 / vae.latent_std).tolist() == pytest.approx([0.18215] * 4, rel=1e-6) and not vae.latent_mean.any()
+    assert all(torch.equal(vae.state_dict()[k], w.half().float()) for k, w in wanted.items())
 
 
 def test_wrong_weights_of_stable_diffusion_are_named(sd_vae, tmp_path):
-    small = {k: torch.zeros(()).expand(w.shape) for k, w in sd_vae["compvis"].items()}       # no values are needed
-    square = {**small, "encoder.mid.attn_1.q.weight": torch.ones(512, 512, 3, 3)}
-    cases = [(square, r"to_q.weight \(512, 512, 3, 3\) instead of \(512, 512\)"),
-             ({**small, "decoder.up.4.block.0.norm1.weight": torch.ones(1)}, "unknown 1"),
-             ({"model.out": torch.ones(3)}, "no weights by name that begins with first_stage_model., encoder.")]
-    for weights, reason in cases:
-        torch.save(weights, tmp_path / "vae.ckpt")
-        with pytest.raises(UserError, match=f"--vae .*vae.ckpt: .*{reason}"):
-            load_vae(tmp_path / "vae.ckpt")
+    weights = {k: torch.zeros(()).expand(w.shape) for k, w in sd_vae["compvis"].items()}     # no values are needed
+    weights["encoder.mid.attn_1.q.weight"] = torch.ones(512, 512, 3, 3)
+    weights["decoder.up.4.block.0.norm1.weight"] = torch.ones(1)
+    torch.save(weights, tmp_path / "vae.ckpt")
+    reason = r"unknown 1 .*of another shape 1 .*to_q.weight \(512, 512, 3, 3\) instead of \(512, 512\)"
+    with pytest.raises(UserError, match=f"--vae .*vae.ckpt: .*{reason}"):
+        load_vae(tmp_path / "vae.ckpt")
 
 
 # ---- text towers
@@ -219,31 +196,29 @@ def copied(clip_folder, folder, **text):
     return folder
 
 
-@pytest.mark.parametrize("layout", ["plain", "custom", "half"])
+@pytest.mark.parametrize("layout", ["plain", "custom half"])
 def test_every_layout_of_open_clips_weights_gives_the_same_tower(layout, clip_folder, tmp_path, no_network):
     import open_clip
     whole = open_clip.create_model(f"local-dir:{clip_folder}", weights_only=True).eval()
     weights, parts = whole.state_dict(), (*towers.TOWER_PREFIXES, "text_projection")
-    custom = {f"text.{k}" if k.startswith(parts) else k: v for k, v in weights.items()}
-    saved = dict(plain=weights, custom=custom, half={k: v.half() for k, v in custom.items()})[layout]
+    if layout == "custom half":
+        weights = {f"text.{k}" if k.startswith(parts) else k: v.half() for k, v in weights.items()}
     folder = copied(clip_folder, tmp_path / "clip")
     (folder / "open_clip_pytorch_model.bin").unlink()
-    save_file(saved, folder / "open_clip_model.safetensors")
+    save_file(weights, folder / "open_clip_model.safetensors")
     tower, texts = towers.load_tower(folder, "x"), tokenize(["red heart", "", "a # dog"])
     assert not any(p.requires_grad or p.is_meta or p.dtype != torch.float32 for p in tower.parameters())
     with torch.no_grad():
         x = whole.token_embedding(texts) + whole.positional_embedding
         want = whole.ln_final(whole.transformer(x, attn_mask=whole.attn_mask))
-        assert torch.allclose(tower(texts), want, atol=1e-2 if layout == "half" else 1e-5)
+        assert torch.allclose(tower(texts), want, atol=1e-5 if layout == "plain" else 1e-2)
     assert towers.name_tower(folder, "x", 32)["hash"] != towers.name_tower(clip_folder, "x", 32)["hash"]
 
 
 def test_towers_that_cannot_be_used(clip_folder, tmp_path, no_network):
     file = clip_folder / "open_clip_pytorch_model.bin"
-    (tmp_path / "empty").mkdir()
-    cases = [(tmp_path / "none.bin", "", "no such file"), (tmp_path / "empty", "", "a folder without"),
-             (file, "hf-hub:some/model", "--clip-model hf-hub:some/model: not a model"),
-             (file, "ViT-H-14", "a text tower of width 1024, text.width is 32")]
+    cases = [(tmp_path / "none.bin", "", "no such file"),
+             (file, "hf-hub:some/model", "--clip-model hf-hub:some/model: not a model")]
     for change, reason in [(dict(hf_model_name="roberta"), "cannot be used .*hf_model_name='roberta'"),
                            (dict(context_length=32), "32 tokens of 49408, not 77"), (dict(heads=0), "cannot be used"),
                            (dict(width=10**9), "no open_clip_config"), (dict(layers=10**5), "no open_clip_config")]:
@@ -263,8 +238,6 @@ def test_the_tower_of_a_model(clip_folder, tmp_path):
     moved = copied(clip_folder, tmp_path / "moved")
     meta = dict(text=towers.name_tower(tmp_path / "moved", "x", 32))
     assert towers.tower_for("m", meta, None, 32).width == 32 and towers.tower_for("m", {}, None, 32) is None
-    with pytest.raises(UserError, match="--clip-weights .*: m has a text encoder; leave"):
-        towers.tower_for("m", {}, clip_folder, 32)
     with pytest.raises(UserError, match="m: not what train.py writes"):
         towers.tower_for("m", dict(text=[1]), None, 32)
     (moved / "open_clip_config.json").write_text(json.dumps(dict(model_cfg=dict(TINY_CLIP, quick_gelu=True))))
