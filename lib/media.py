@@ -8,11 +8,13 @@ import os
 import stat
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
+from lib import animation
 from lib.files import UserError
 
 FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
@@ -20,8 +22,23 @@ MAX_FRAMES = 24                                  # kept of a long clip in a prep
 # What a file may ask for: reading one then takes at most 1.2 GB and about half a minute on a slow core.
 MAX_SIDE, MAX_DECODED, MAX_PIXELS = 4096, 2000, 2.5e8    # of a canvas, frames of a file, pixels of all of them
 MAX_BYTES = 2**26                                # of a file: the largest canvas, uncompressed
-PLATFORMS = {  # file type, side in pixels, bytes, seconds
-    "whatsapp": (".webp", 512, 450_000, 10), "signal": (".png", 512, 300_000, 3), "discord": (".png", 320, 512_000, 60)}
+LONGEST = {".gif": 655_350, ".webp": 2**24 - 1, ".png": 65_535, ".apng": 65_535}     # milliseconds of a frame, at most
+
+
+class Platform(NamedTuple):
+    """What a platform takes: file type, pixels a side, bytes, seconds, milliseconds a frame, frames."""
+    suffix: str
+    side: int
+    most_bytes: int
+    most_seconds: float
+    least_ms: int = 1
+    least_frames: int = 1
+
+
+PLATFORMS = {
+    "whatsapp": Platform(".webp", 512, 450_000, 10, 8, 2),       # WhatsApp/stickers: below 500 kB, several frames
+    "signal": Platform(".png", 512, 300_000, 3),                 # Signal's help on sticker packs: APNG
+    "discord": Platform(".png", 320, 512_000, 5)}                # Discord's help on stickers: APNG
 
 Image.MAX_IMAGE_PIXELS = MAX_SIDE**2 // 2        # Pillow refuses twice as many, also in later frames of a GIF
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # check_canvas refuses them
@@ -49,11 +66,15 @@ def durations_of_kept(durations, indices):
 
 
 def square_image(image, size):
-    """Centre an RGBA image on a transparent square and resize once, to (size, size)."""
-    side = max(image.size)
-    left, top = -((side - image.width) // 2), -((side - image.height) // 2)
-    image = image.crop((left, top, left + side, top + side))     # transparent outside of the image
-    return image.resize((size, size), Image.Resampling.BICUBIC)  # Pillow filters RGBA premultiplied: no dark fringes
+    """An RGBA image resized once, so that its longer side is `size`, in the middle of a transparent square."""
+    longer = max(image.size)
+    inner = tuple(max(1, round(side * size / longer)) for side in image.size)
+    small = image.resize(inner, Image.Resampling.BICUBIC)        # Pillow filters RGBA premultiplied: no dark fringes
+    if inner == (size, size):
+        return small
+    out = Image.new("RGBA", (size, size))
+    out.paste(small, ((size - inner[0]) // 2, (size - inner[1]) // 2))
+    return out
 
 
 def square(frames, size):
@@ -79,9 +100,11 @@ def read_source(source, name):
 
 
 def check_canvas(name, width, height, n):
-    """UserError for a file that asks for more than the limits above."""
+    """UserError for a file that holds no picture, or asks for more than the limits above."""
+    if not n:
+        raise UserError(f"{name}: cannot be read as an image (there is no picture in it)")
     sides_fit = 0 < min(width, height) and max(width, height) <= MAX_SIDE
-    if not sides_fit or not 0 < n <= MAX_DECODED or n * width * height > MAX_PIXELS:
+    if not sides_fit or n > MAX_DECODED or n * width * height > MAX_PIXELS:
         raise UserError(f"{name}: {n} frames of {width}x{height} pixels; 1 to {MAX_DECODED} frames of 1x1 to "
                         f"{MAX_SIDE}x{MAX_SIDE} and at most {MAX_PIXELS:g} pixels in all can be read")
 
@@ -93,38 +116,37 @@ def webp_alpha(content):
     return content
 
 
-def load_frame(image, i, first):
-    """Seek and load frame i, mending two faults of Pillow 13.0. APNG: a half-transparent frame is pasted with its alpha
-    squared. GIF: a frame without a transparent colour is disposed to the background colour, browsers show nothing."""
-    image.seek(i)
-    over = i and image.format == "PNG" and image.mode == "RGBA" and image.blend_op == PngImagePlugin.Blend.OP_OVER
-    if over:
-        canvas = Image.new("RGBA", image.size) if i == first else image._new(image.im.copy())
-        image.blend_op = PngImagePlugin.Blend.OP_SOURCE
-    image.load()
-    if over:
-        box = image.dispose_extent
-        image.paste(Image.alpha_composite(canvas.crop(box), image.crop(box)), box)
-    if image.format == "GIF" and image.mode == "RGBA" and image.disposal_method == 2:
-        left, top, right, bottom = image.dispose_extent
-        image.dispose = Image.new("RGBA", (right - left, bottom - top)).im
+def open_frames(content, name):
+    """(width, height), n and an iterator of (image, milliseconds) of a file, checked against the limits."""
+    if found := animation.parse(content):                        # GIF, PNG
+        canvas, pictures = found
+        sizes = [canvas, *((p.width, p.height) for p in pictures)]           # a picture may reach over the canvas
+        check_canvas(name, *map(max, zip(*sizes)), len(pictures))
+        seen = map(Image.fromarray, animation.composed(canvas, pictures))
+        return canvas, len(pictures), zip(seen, (p.milliseconds for p in pictures))
+    image = Image.open(io.BytesIO(webp_alpha(content)), formats=[*set(FORMATS.values())])
+    n = image.n_frames if image.format == "WEBP" else 1          # a phone's JPEG may hold a second picture
+    check_canvas(name, *image.size, n)
+    upright = image.size if n > 1 else ImageOps.exif_transpose(image).size
+
+    def frames():
+        for i in range(n):
+            image.seek(i)
+            image.load()                         # its duration is known now
+            yield (image if n > 1 else ImageOps.exif_transpose(image)), image.info.get("duration")
+    return upright, n, frames()
 
 
-def compose(image, name, most, size, keep, room):
-    """What decode_frames returns, of an open image."""
-    first = int(bool(getattr(image, "default_image", False)))   # an APNG's fallback picture is no frame
-    n, canvas = getattr(image, "n_frames", 1) - first, image.size
-    check_canvas(name, *canvas, n)
+def compose(content, name, most, size, keep, room):
+    """What decode_frames returns, of a file's bytes."""
+    canvas, n, seen = open_frames(content, name)
     indices, durations = thin(n, most or n, keep), []
     height, width = (size, size) if size else canvas[::-1]
     frames = room[:len(indices)] if room is not None else np.empty((len(indices), height, width, 4), np.uint8)
-    for i in range(n):
-        load_frame(image, first + i, first)
-        if image.size != canvas:
-            raise UserError(f"{name}: frame {i} makes the canvas {image.width}x{image.height}")
-        durations.append(image.info.get("duration") or 100)
+    for i, (frame, milliseconds) in enumerate(seen):
+        durations.append(milliseconds or 100)
         if i in indices:
-            frame = image.convert("RGBA")
+            frame = frame.convert("RGBA")
             frames[indices.index(i)] = square_image(frame, size) if size else frame
     return frames, durations_of_kept(durations, indices), indices
 
@@ -136,8 +158,7 @@ def decode_frames(source, name, most=None, size=None, keep=(), room=None):
     UserError: unreadable, empty, or beyond the limits."""
     content = read_source(source, name)
     try:
-        with Image.open(io.BytesIO(webp_alpha(content)), formats=[*set(FORMATS.values())]) as image:
-            return compose(image, name, most, size, keep, room)
+        return compose(content, name, most, size, keep, room)
     except UserError:
         raise
     except UnidentifiedImageError:
@@ -158,13 +179,16 @@ def read_animation(source, max_frames=None, size=None):
 # ---- writing
 
 def gif_frame(frame):
-    """(H, W, 4) -> palette image: 255 colours chosen from the opaque pixels, index 255 transparent."""
+    """(H, W, 4) -> a GIF: 255 colours chosen from the opaque pixels, index 255 where it is transparent."""
     opaque = frame[..., 3] >= 128
     colours = frame[opaque][None, :, :3] if opaque.any() else np.zeros((1, 1, 3), np.uint8)
     palette = Image.fromarray(np.ascontiguousarray(colours)).quantize(255)
     image = Image.fromarray(np.ascontiguousarray(frame[..., :3])).quantize(palette=palette, dither=Image.Dither.NONE)
     image.paste(255, mask=Image.fromarray(~opaque))
-    return image
+    image.putpalette(bytes(image.getpalette()).ljust(768, b"\0"))
+    file = io.BytesIO()
+    image.save(file, "GIF", optimize=False)
+    return file.getvalue()
 
 
 def gif_durations(durations):
@@ -185,36 +209,51 @@ def save(images, kind, durations, **options):
 def write_animation(path, frames, durations):
     """Write frames by extension: .webp (lossless), .png (APNG), .gif (1-bit alpha). One frame: a still.
 
-    durations: one a frame, or one number. Pillow merges equal neighbours into one frame; the total duration stays."""
+    durations: one a frame, or one number. In WebP and APNG equal neighbours become one frame; the total stays."""
     kind = FORMATS.get(Path(path).suffix.lower())
     if kind not in ("GIF", "PNG", "WEBP"):
         raise UserError(f"{path}: unknown animation type; use .webp, .gif or .png")
     durations = [int(d) for d in np.broadcast_to(durations, len(frames))]
-    images = [gif_frame(f) if kind == "GIF" else Image.fromarray(f) for f in frames]
-    options = {"GIF": dict(disposal=2, transparency=255, optimize=False), "PNG": {},
-               "WEBP": dict(lossless=True, quality=80, exact=True)}[kind]
-    Path(path).write_bytes(save(images, kind, gif_durations(durations) if kind == "GIF" else durations, **options))
+    if kind == "GIF":
+        content = animation.join_gifs(map(gif_frame, frames), gif_durations(durations), 255)
+    else:
+        options = dict(lossless=True, quality=80, exact=True) if kind == "WEBP" else {}
+        content = save([Image.fromarray(f) for f in frames], kind, durations, **options)
+    Path(path).write_bytes(content)
 
 
 def encode_for(frames, duration, platform):
     """Frames (T, S, S, 4) of `duration` ms each -> the bytes that a platform accepts, a sentence on what was done.
 
-    Quality (WebP) or the number of colours (APNG) falls until the limit is met. UserError: it never is."""
-    suffix, side, limit, seconds = PLATFORMS[platform]
-    duration, size = min(duration, int(1000 * seconds / len(frames))), (side, side)
+    Quality (WebP) or the number of colours (APNG) falls until the limit is met. UserError: it never is, or what was
+    written breaks another rule when it is read again."""
+    rules = PLATFORMS[platform]
+    duration = max(rules.least_ms, min(duration, int(1000 * rules.most_seconds / len(frames))))
+    size, webp = (rules.side, rules.side), rules.suffix == ".webp"
     images = [Image.fromarray(f).convert("RGBa").resize(size, Image.Resampling.BICUBIC).convert("RGBA") for f in frames]
-    for level in (95, 85, 75, 60, 45, 30, 15, 5) if suffix == ".webp" else (256, 128, 64, 32, 16, 8, 4):
-        if suffix == ".webp":
-            what = f"quality {level}"
+    for level in (95, 85, 75, 60, 45, 30, 15, 5) if webp else (256, 128, 64, 32, 16, 8, 4):
+        if webp:
             content = save(images, "WEBP", duration, quality=level, alpha_quality=100 if level > 45 else level)
         else:                                    # fewer colours, still stored without a palette
-            what = f"{level} colours"
             fewer = [im.quantize(level, Image.Quantize.FASTOCTREE).convert("RGBA") for im in images]
             content = save(fewer, "PNG", duration, disposal=0, blend=0)
-        if len(content) <= limit:
-            return content, (f"{platform}: {suffix[1:]}, {side}x{side}, {what}, {len(content) / 1000:.0f} of "
-                             f"{limit / 1000:.0f} kB, {duration * len(frames) / 1000:.1f} s")
-    raise UserError(f"--for {platform}: the clip does not fit {limit // 1000} kB at any quality")
+        if len(content) <= rules.most_bytes:
+            total = check_finished(content, platform)
+            what = f"quality {level}" if webp else f"{level} colours"
+            return content, (f"{platform}: {rules.suffix[1:]}, {rules.side}x{rules.side}, {what}, "
+                             f"{len(content) / 1000:.0f} of {rules.most_bytes / 1000:.0f} kB, {total / 1000:.1f} s")
+    raise UserError(f"--for {platform}: the clip does not fit {rules.most_bytes // 1000} kB at any quality")
+
+
+def check_finished(content, platform):
+    """Milliseconds of a file in all. UserError: read again, it breaks a rule of the platform."""
+    rules, (frames, durations) = PLATFORMS[platform], read_animation(content)
+    if len(frames) < rules.least_frames:
+        raise UserError(f"--for {platform}: it takes animations, and this clip stands still; make another (--seed)")
+    if len(frames) > 1 and (sum(durations) > 1000 * rules.most_seconds or min(durations) < rules.least_ms):
+        raise UserError(f"--for {platform}: {len(frames)} frames of {min(durations)} ms and more, {sum(durations)} ms "
+                        f"in all; at least {rules.least_ms} ms and at most {rules.most_seconds} s are taken")
+    return sum(durations)
 
 
 def check_sheet(path):

@@ -1,20 +1,18 @@
-"""lib/media.py: animations made byte by byte and read, written and read back; sheets, platforms, tensors."""
+"""lib/media.py: animations written and read back, files that are refused, sheets, platforms, tensors."""
 import io
-import itertools
 import os
-import struct
-import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_animation import CASES, gif_bytes
 
 from lib import media
 from lib.files import UserError
 
-RED, GREEN, BLUE, NONE = (255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255), (0, 0, 0, 0)
-HALF, DOT = (0, 255, 0, 128), (0, 0, [[0]], 1, 1, None)
+RED, GREEN, BLUE = (255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255)
+DOT = dict(rows=np.zeros((1, 1), int), palette=b"")
 NOISE = np.random.default_rng(0).integers(0, 256, (3, 40, 40, 4), np.uint8)
 
 
@@ -25,79 +23,14 @@ def moving_square(n=6, size=(20, 30)):
     return frames
 
 
-def gif_bytes(width, height, frames):
-    """Palette: red, green, blue, black. Frames: (x, y, rows of colour numbers, centiseconds, disposal, transparent)."""
-    palette = bytes([255, 0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0]) + bytes(3 * 124)
-    out = b"GIF89a" + struct.pack("<HHBBB", width, height, 0xF6, 3, 0) + palette
-    for x, y, rows, delay, disposal, transparent in frames:
-        out += b"!\xf9\x04" + struct.pack("<BHBx", disposal << 2 | (transparent is not None), delay, transparent or 0)
-        codes = bytes([0x80, *sum(rows, []), 0x81])                   # LZW codes stay 8 bits wide for 100 pixels
-        out += b"," + struct.pack("<HHHHBBB", x, y, len(rows[0]), len(rows), 0, 7, len(codes)) + codes + b"\0"
-    return out + b";"
-
-
-def apng_bytes(size, frames, fallback=None):
-    """RGBA. Frames: (x, y, array (h, w, 4), milliseconds, dispose, blend); fallback: a picture that is no frame."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    pixels = lambda array: zlib.compress(b"".join(b"\0" + row.tobytes() for row in array))
-    out = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 6, 0, 0, 0))
-    out += chunk(b"acTL", struct.pack(">II", len(frames), 0))
-    out += chunk(b"IDAT", pixels(fallback)) if fallback is not None else b""
-    number = itertools.count()
-    for i, (x, y, array, ms, dispose, blend) in enumerate(frames):
-        out += chunk(b"fcTL", struct.pack(">5I2H2B", next(number), *array.shape[1::-1], x, y, ms, 1000, dispose, blend))
-        if i or fallback is not None:
-            out += chunk(b"fdAT", struct.pack(">I", next(number)) + pixels(array))
-        else:
-            out += chunk(b"IDAT", pixels(array))
-    return out + chunk(b"IEND", b"")
-
-
-def plate(colour, height=4, width=4):
-    return np.tile(np.array(colour, np.uint8), (height, width, 1))
-
-
-def test_gif_offsets_disposal_and_transparency():
-    full, dot = [[0] * 5] * 3, [[1, 1], [1, 3]]                       # 3 is transparent where the frame says so
-    frames, durations = media.read_animation(gif_bytes(5, 3, [
-        (0, 0, full, 7, 1, 3), (1, 1, dot, 0, 2, 3), (3, 0, [[2]], 20, 3, None), (0, 0, [[1]], 5, 1, 3)]))
-    red, second, third, fourth = (plate(RED, 3, 5) for _ in range(4))
-    second[1, 1:3], second[2, 1] = GREEN, GREEN                       # the transparent corner keeps red
-    third[1:3, 1:3] = fourth[1:3, 1:3] = NONE                         # disposal 2 clears the frame's box
-    third[0, 3] = BLUE
-    fourth[0, 0] = GREEN                                              # disposal 3 took the blue dot back
-    assert np.array_equal(frames * (frames[..., 3:] > 0), np.stack([red, second, third, fourth]))
-    assert durations == [70, 100, 200, 50]                            # no duration: 100 ms
-    frames, _ = media.read_animation(gif_bytes(3, 3, [                # disposed without a transparent colour
-        (0, 0, [[0, 3, 3]] * 3, 10, 1, 3), (1, 1, [[1]], 10, 2, None), (0, 0, [[2]], 10, 1, 3)]))
-    assert tuple(frames[1][1, 1]) == GREEN and frames[2][1, 1, 3] == 0
-
-
-def test_apng_blending_disposal_and_fallback():
-    frames, durations = media.read_animation(apng_bytes((4, 4), [
-        (0, 0, plate(RED), 50, 0, 0), (1, 1, plate(HALF, 2, 2), 60, 0, 1), (0, 0, plate(HALF, 1, 1), 70, 1, 0),
-        (3, 3, plate(BLUE, 1, 1), 80, 2, 1), (3, 0, plate(BLUE, 1, 1), 90, 0, 1)]))
-    assert durations == [50, 60, 70, 80, 90]
-    assert frames[1][1, 1].tolist() == [127, 128, 0, 255]             # over: mixed, still opaque
-    assert tuple(frames[2][0, 0]) == HALF                             # source: replaced, alpha and all
-    assert frames[3][0, 0, 3] == 0 and tuple(frames[3][3, 3]) == BLUE  # background disposal cleared it
-    assert tuple(frames[4][3, 3]) == RED and tuple(frames[4][0, 3]) == BLUE   # previous disposal
-    content = apng_bytes((4, 4), [(0, 0, plate(NONE), 50, 0, 0), (1, 1, plate(HALF, 2, 2), 50, 0, 1)])
-    frames, _ = media.read_animation(content)
-    assert tuple(frames[1][2, 2]) == HALF and frames[1][0, 0, 3] == 0  # over nothing: its alpha stays
-    for first, blend in ((GREEN, 0), (HALF, 1)):                      # a fallback picture is no frame and no background
-        content = apng_bytes((4, 4), [(0, 0, plate(first), 50, 0, blend), (0, 0, plate(BLUE), 60, 0, 0)], plate(RED))
-        frames, durations = media.read_animation(content)
-        assert [tuple(f[0, 0]) for f in frames] == [first, BLUE] and durations == [50, 60]
-
-
 def test_thinning_keeps_the_total_duration_and_the_asked_frames(tmp_path):
     whole = moving_square(10, (20, 40))
     media.write_animation(tmp_path / "a.webp", whole, list(range(10, 110, 10)))
     frames, times = media.read_animation(tmp_path / "a.webp", max_frames=4)
     assert times == [10 + 20, 30 + 40 + 50, 60 + 70, 80 + 90 + 100] and np.array_equal(frames, whole[[0, 2, 5, 7]])
     chosen = media.thin(50, 24, (7, 33, 49, 99))
-    assert chosen == sorted(set(chosen)) and len(chosen) == 24 and {7, 33, 49} <= set(chosen)
+    assert chosen == sorted(set(chosen)) and len(chosen) == 24 and {7, 33, 49} <= set(chosen) <= set(range(50))
+    assert media.durations_of_kept([10, 20, 30, 40], [1, 3]) == [10 + 20 + 30, 40]
     assert len(media.thin(90, 24, range(60))) == 24 and media.thin(5, 24) == list(range(5))
 
 
@@ -112,9 +45,10 @@ def test_square_pads_in_the_middle_and_has_no_dark_fringe():
 
 @pytest.mark.parametrize("content, words", [
     (b"not an image", "no GIF, WebP, PNG or JPEG"), (bytes(media.MAX_BYTES + 1), "more than"),
-    (gif_bytes(20000, 20000, [DOT]), "cannot be read"), (gif_bytes(3, 3, [DOT])[:400], "cannot be read"),
+    (gif_bytes(20000, 20000, [DOT]), "20000x20000"), (gif_bytes(3, 3, [DOT])[:-4], "cannot be read"),
+    (gif_bytes(3, 3, []), "no picture"),
     (gif_bytes(5000, 3, [DOT]), "5000x3"), (gif_bytes(1, 1, [DOT] * 2001), "2001 frames"),
-    (gif_bytes(4000, 4000, [DOT] * 70), "70 frames")], ids=range(7))
+    (gif_bytes(4000, 4000, [DOT] * 70), "70 frames")], ids=range(8))
 def test_unreadable_and_oversized_files_are_refused(content, words):
     with pytest.raises(UserError, match="^<bytes>: .*" + words):
         media.read_animation(content)
@@ -163,7 +97,7 @@ def test_gif_alpha_is_cut_at_half_and_many_colours_survive(tmp_path):
 
 
 @pytest.mark.parametrize("platform, kind, side, limit, seconds", [
-    ("whatsapp", "WEBP", 512, 450_000, 10), ("signal", "PNG", 512, 300_000, 3), ("discord", "PNG", 320, 512_000, 60)])
+    ("whatsapp", "WEBP", 512, 450_000, 10), ("signal", "PNG", 512, 300_000, 3), ("discord", "PNG", 320, 512_000, 5)])
 def test_platforms(platform, kind, side, limit, seconds, monkeypatch):
     content, sentence = media.encode_for(moving_square(4, (30, 30)), 2000, platform)
     with Image.open(io.BytesIO(content)) as image:
@@ -173,12 +107,57 @@ def test_platforms(platform, kind, side, limit, seconds, monkeypatch):
     assert not frames[:, :side // 10, :side // 10, 3].any() and frames[0, side // 4, side // 8, 3] > 250
 
     def size(limit):
-        monkeypatch.setitem(media.PLATFORMS, platform, (media.PLATFORMS[platform][0], 64, limit, 3))
+        rules = media.PLATFORMS[platform]
+        monkeypatch.setitem(media.PLATFORMS, platform, rules._replace(side=64, most_bytes=limit))
         return len(media.encode_for(NOISE[:, :16, :16], 100, platform)[0])
     smaller = int(0.6 * size(10**9))
     assert size(smaller) <= smaller                                   # quality falls until it fits
     with pytest.raises(UserError, match=f"--for {platform}: the clip does not fit"):
         size(100)
+
+
+def strict_gif(content):
+    """(images, hundredths of a second in all) of a GIF read block by block; any byte out of place is an error."""
+    assert content[:6] == b"GIF89a" and content.count(b"GIF89a") == 1
+    at, images, time = 13 + (3 * 2 ** ((content[10] & 7) + 1) if content[10] & 0x80 else 0), 0, 0
+    while content[at] != 0x3B:
+        assert content[at] in (0x21, 0x2C)
+        if content[at] == 0x2C:
+            images, at = images + 1, at + 11 + (3 * 2 ** ((content[at + 9] & 7) + 1) if content[at + 9] & 0x80 else 0)
+        else:
+            time += int.from_bytes(content[at + 4:at + 6], "little") if content[at + 1] == 0xF9 else 0
+            at += 2
+        while content[at]:
+            at += 1 + content[at]
+        at += 1
+    assert at == len(content) - 1
+    return images, time
+
+
+def test_gifs_whose_frames_are_empty_or_equal(tmp_path):
+    blinks, durations = media.read_animation(CASES / "blinks.webp")
+    full, empty = plain(RED), plain((0, 0, 0, 0))
+    for frames in (blinks, np.stack([empty, full, empty]), np.stack([full] * 3), np.stack([empty] * 2)):
+        media.write_animation(tmp_path / "a.gif", frames, durations[0])
+        content = (tmp_path / "a.gif").read_bytes()
+        back, times = media.read_animation(content)
+        images, time = strict_gif(content)
+        assert images == len(frames) == len(back) and abs(10 * time - durations[0] * len(frames)) <= 5
+        assert sum(times) == 10 * time and np.array_equal(back[..., 3], np.where(frames[..., 3] < 128, 0, 255))
+
+
+def plain(colour):
+    return np.tile(np.array(colour, np.uint8), (9, 9, 1))
+
+
+def test_a_finished_file_obeys_its_platform():
+    still = np.stack([plain(RED)] * 4)
+    with pytest.raises(UserError, match="--for whatsapp: it takes animations, and this clip stands still"):
+        media.encode_for(still, 100, "whatsapp")
+    assert "discord" in media.encode_for(still, 100, "discord")[1]
+    for platform, duration, wanted in (("discord", 1000, 625), ("whatsapp", 5, 8), ("signal", 5000, 375)):
+        content, _ = media.encode_for(moving_square(8), duration, platform)
+        assert media.read_animation(content)[1] == [wanted] * 8
 
 
 def test_contact_sheet(tmp_path):

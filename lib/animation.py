@@ -1,0 +1,223 @@
+"""GIF and PNG by their specifications (GIF89a; PNG, third edition): each picture is decoded alone, the rest done here.
+
+Pillow composes animations by rules of its own. Here it only ever decodes a file of one picture, rebuilt from the
+animation's own blocks or chunks; palettes, transparency, offsets, disposal and blending follow the specifications.
+"""
+import functools
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+GIF, PNG = (b"GIF87a", b"GIF89a"), b"\x89PNG\r\n\x1a\n"
+KEEP, CLEAR, RESTORE = "keep", "clear", "restore"                # what becomes of a picture's box before the next one
+
+
+class Picture(NamedTuple):
+    """One frame's picture. A GIF's transparent pixels are not drawn: `over`, with alpha 0 or 255."""
+    left: int
+    top: int
+    width: int
+    height: int
+    milliseconds: float
+    dispose: str
+    over: bool                                   # composited with the canvas; else it replaces its box, alpha included
+    decode: Callable                             # () -> (height, width, 4) uint8 straight RGBA
+
+
+def parse(content):
+    """Bytes of a GIF or PNG -> canvas (width, height), [Picture]. None: another format. ValueError: damaged."""
+    if content[:6] in GIF:
+        return parse_gif(content)
+    return parse_png(content) if content[:8] == PNG else None
+
+
+def composed(canvas, pictures):
+    """Yield what is seen of each picture: (height, width, 4) uint8 straight RGBA, written over by the next one."""
+    width, height = canvas
+    out = np.zeros((height, width, 4), np.uint8)                 # transparent, whatever colour a file names
+    for p in pictures:
+        box = out[p.top:p.top + p.height, p.left:p.left + p.width]           # a view, clipped at the canvas's edges
+        before, drawn = box.copy(), p.decode()[:box.shape[0], :box.shape[1]]
+        box[:] = over(drawn, before) if p.over else drawn
+        yield out
+        if p.dispose != KEEP:
+            box[:] = before if p.dispose == RESTORE else 0
+
+
+def over(top, under):
+    """Straight RGBA (h, w, 4) uint8 composited (PNG, section 13.16: the "over" operator)."""
+    out, alpha = np.where(top[..., 3:] > 0, top, under), top[..., 3]
+    mixed = (alpha > 0) & (alpha < 255) & (under[..., 3] > 0)
+    if mixed.any():
+        a, b = top[mixed].astype(float), under[mixed].astype(float)
+        left = b[:, 3:] * (255 - a[:, 3:]) / 255                 # weight of what lies under
+        weight = a[:, 3:] + left
+        colour = (a[:, :3] * a[:, 3:] + b[:, :3] * left) / weight
+        out[mixed] = np.floor(np.concatenate([colour, weight], 1) + 0.5)
+    return out
+
+
+# ---- GIF
+
+def parse_gif(content):
+    width, height, flags = struct.unpack_from("<HHB", content, 6)
+    shared, at = colour_table(content, 13, flags)
+    pictures, control = [], (0, 0, None)
+    while at < len(content):
+        kind = content[at]
+        if kind == 0x21:                         # an extension
+            data, end = sub_blocks(content, at + 2)
+            if content[at + 1:at + 2] == b"\xf9" and len(data) >= 4:
+                packed, delay, index = struct.unpack_from("<BHB", data)
+                control = packed >> 2 & 7, 10 * delay, index if packed & 1 else None
+            at = end
+        elif kind == 0x2C and at + 10 < len(content):
+            left, top, w, h, flags = struct.unpack_from("<4HB", content, at + 1)
+            table, start = colour_table(content, at + 10, flags)
+            _, at = sub_blocks(content, start + 1)
+            dispose, delay, transparent = control
+            decode = functools.partial(gif_pixels, content[start:at], w, h, flags & 0x40, table or shared, transparent)
+            # 4 stands for 3 in files of some old programs, and in browsers.
+            pictures.append(Picture(left, top, w, h, delay, {2: CLEAR, 3: RESTORE, 4: RESTORE}.get(dispose, KEEP),
+                                    True, decode))
+            control = 0, 0, None                 # it was for one picture
+        else:                                    # the trailer, or what browsers take for it
+            break
+    return (width, height), pictures
+
+
+def colour_table(content, at, flags):
+    """A colour table that begins at `at`, b"" where the flags say that there is none; where it ends."""
+    end = at + 3 * 2 ** ((flags & 7) + 1) if flags & 0x80 else at
+    return content[at:end], end
+
+
+def sub_blocks(content, at):
+    """The data of a row of sub-blocks, where it ends (the file's end if it is cut off)."""
+    parts = []
+    while at < len(content) and content[at]:
+        parts.append(content[at + 1:at + 1 + content[at]])
+        at += 1 + content[at]
+    return b"".join(parts), at + 1
+
+
+def gif_pixels(lzw, width, height, interlaced, table, transparent):
+    if not width * height:
+        return np.zeros((height, width, 4), np.uint8)
+    # Black in all 256 entries is no ramp of greys, so that Pillow returns the indices.
+    alone = b"".join([GIF[1], struct.pack("<HHBBB", width, height, 0xF7, 0, 0), bytes(768),
+                      b",", struct.pack("<4HB", 0, 0, width, height, interlaced), lzw, b";"])
+    with Image.open(io.BytesIO(alone), formats=["GIF"]) as image:
+        return colours(table, transparent)[np.asarray(image)]
+
+
+def colours(table, transparent=None):
+    """Bytes of a colour table -> (256, 4) uint8 RGBA; what it does not define is black."""
+    rgba = np.zeros((256, 4), np.uint8)
+    rgb = np.frombuffer(table, np.uint8)[:768 if len(table) >= 768 else len(table) // 3 * 3].reshape(-1, 3)
+    rgba[:len(rgb), :3], rgba[:, 3] = rgb, 255
+    if transparent is not None:
+        rgba[transparent, 3] = 0
+    return rgba
+
+
+def join_gifs(alone, milliseconds, transparent):
+    """GIFs of one picture each, of one size -> one animation that loops for ever, each picture on an empty canvas.
+
+    Every frame has its image: Pillow merges equal ones, and begins a new file in the middle where a frame is empty."""
+    out = []
+    for content, duration in zip(alone, milliseconds):
+        (width, height), [picture] = parse_gif(content)
+        lzw, _, _, interlaced, table, _ = picture.decode.args
+        out += [b"!\xf9\x04", struct.pack("<BHBx", 2 << 2 | 1, duration // 10, transparent),
+                b",", struct.pack("<4HB", 0, 0, width, height, 0x87 | interlaced), table.ljust(768, b"\0"), lzw]
+    loop = b"!\xff\x0bNETSCAPE2.0\x03\x01\0\0\0" if len(out) > 5 else b""
+    return b"".join([GIF[1], struct.pack("<HHBBB", width, height, 0x70, 0, 0), loop, *out, b";"])
+
+
+# ---- PNG
+
+def chunks(content):
+    """Yield (kind, data) of a PNG. ValueError: cut off, or a wrong checksum."""
+    at = 8
+    while at < len(content):
+        length, kind = struct.unpack_from(">I4s", content, at)
+        data, check = content[at + 8:at + 8 + length], content[at + 8 + length:at + 12 + length]
+        if len(check) < 4 or zlib.crc32(data, zlib.crc32(kind)) != int.from_bytes(check, "big"):
+            raise ValueError(f"the PNG's chunk {kind!r} is cut off or damaged")
+        yield kind, data
+        if kind == b"IEND":
+            return
+        at += 12 + length
+
+
+def parse_png(content):
+    header, table, alpha, animated = None, b"", b"", False
+    pictures = [(None, [])]                      # (fcTL's fields, parts of the data): the default image, then frames
+    for kind, data in chunks(content):
+        if kind == b"IHDR":
+            header = struct.unpack(">IIBBBBB", data)
+        elif kind == b"PLTE":
+            table = data
+        elif kind == b"tRNS":
+            alpha = data
+        elif kind == b"acTL":
+            animated = not any(parts for _, parts in pictures)               # behind the image it counts for nothing
+        elif kind == b"fcTL" and animated:
+            pictures.append((struct.unpack(">4xIIIIHHBB", data), []))
+        elif kind == b"IDAT":
+            pictures[-1][1].append(data)
+        elif kind == b"fdAT" and animated:
+            pictures[-1][1].append(data[4:])
+    width, height, depth, colour, _, _, interlaced = header
+    frames = [(control, parts) for control, parts in pictures if control and parts]
+    found = []
+    for control, parts in frames or pictures[:1]:
+        w, h, left, top, delay, per, dispose, blend = control or (width, height, 0, 0, 0, 1, 0, 0)
+        decode = functools.partial(png_pixels, b"".join(parts), w, h, depth, colour, interlaced, table, alpha)
+        found.append(Picture(left, top, w, h, 1000 * delay / (per or 100), (KEEP, CLEAR, RESTORE)[dispose], blend == 1,
+                             decode))
+    return (width, height), found
+
+
+def png_pixels(data, width, height, depth, colour, interlaced, table, alpha):
+    def samples(depth, colour, order=None):
+        """Samples as Pillow gives them; order: of the bytes of 16-bit ones, of which it gives the first."""
+        header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+        parts = [(b"IHDR", header), (b"PLTE", table), (b"IDAT", data), (b"IEND", b"")]
+        alone = [struct.pack(">I4s", len(d), k) + d + struct.pack(">I", zlib.crc32(d, zlib.crc32(k))) for k, d in parts
+                 if d or k == b"IEND"]
+        with Image.open(io.BytesIO(PNG + b"".join(alone)), formats=["PNG"]) as image:
+            if order:
+                image.tile = [tile._replace(args=tile.args.replace("16B", order)) for tile in image.tile]
+            image.load()
+            x = np.asarray(image.convert("L") if image.mode == "1" else image)
+        return x.reshape(height, width, -1)
+
+    if colour == 3:
+        rgba, opacity = colours(table), np.frombuffer(alpha[:256], np.uint8)
+        rgba[:len(opacity), 3] = opacity
+        return rgba[samples(depth, colour)[..., 0]]
+    most = 65535 if depth == 16 else 255
+    if depth < 16:
+        x = samples(depth, colour)
+    elif colour in (0, 4):                       # as pixels of twice as many samples of 8 bits: the bytes are the same
+        x = samples(8, 4 if colour == 0 else 6).astype(np.uint16)
+        x = x[..., 0::2] * 256 + x[..., 1::2]
+    else:
+        x = samples(16, colour, "16B").astype(np.uint16) * 256 + samples(16, colour, "16L")
+    if colour in (4, 6):
+        x, opacity = x[..., :-1], x[..., -1:]
+    else:                                        # tRNS names one colour, in samples of the file's depth
+        opacity = np.full((height, width, 1), most)
+        if alpha:
+            key = np.frombuffer(alpha, ">u2").astype(int) & 2 ** depth - 1
+            key = key if depth >= 8 else key * (255 // (2 ** depth - 1))
+            opacity[(x == key).all(-1)] = 0
+    x = np.concatenate([np.broadcast_to(x, (height, width, 3)), opacity], -1)
+    return x.astype(np.uint8) if most == 255 else np.rint(x / 257).astype(np.uint8)
