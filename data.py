@@ -319,7 +319,8 @@ class ClipDataset(torch.utils.data.Dataset):
         self.everything = sticker_set.members
         self.animated = Members(sticker_set.concept, np.flatnonzero(sticker_set.lengths > 2))
         if k == "step" and not len(self.animated):
-            raise UserError(f"{sticker_set.folder}: no animated stickers in this split")
+            raise UserError(f"{sticker_set.folder}: no sticker of this split has 3 frames or more; "
+                            "--frames sample trains on shorter ones")
 
     def __len__(self):
         return len(self.everything)

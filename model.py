@@ -23,6 +23,7 @@ from lib.files import UserError
 from lib.options import apply_changes, check_value, dataclass_from_dict
 from lib.weights import SD_PREFIXES, SD_SCALE, is_own, load_model, load_strict, read_weights, sd_vae_weights
 
+END = 49407                               # open_clip's token after a caption
 RECOMPUTE_FROM = 2 ** 19                  # elements of a tensor from which on memory counts for more than time
 
 
@@ -466,9 +467,12 @@ class TextEncoder(nn.Module):
         self.norm_out = nn.LayerNorm(c.width)
 
     def forward(self, tokens):
-        """tokens (B, L) int64, 0 = padding -> features (B, L', width) and mask (B, L'), cut to the longest caption."""
-        tokens = tokens[:, : int((tokens != 0).sum(1).max())]
-        mask = tokens != 0
+        """tokens (B, L) int64 -> features (B, L', width) and mask (B, L'), cut to the longest caption.
+
+        A caption ends with its first END; 0 is padding behind it, and "!" before it."""
+        lengths = (tokens == END).int().argmax(1) + 1
+        tokens = tokens[:, : int(lengths.max())]
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         x = self.token(tokens) + self.position[: tokens.shape[1]]
         for i, (attn, ff) in enumerate(zip(self.attns, self.ffs)):
             x = x + attn(x, mask=mask, norm=self.norms[2 * i])

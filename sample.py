@@ -11,6 +11,7 @@ the batch size.
 """
 import argparse
 import itertools
+import os
 import re
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from lib.cpu import keep_memory
 from lib.files import UserError, file_hash, run_cli
 from lib.options import check_least
 from lib.towers import tower_for
-from model import load_rdtf, load_vae
+from model import END, load_rdtf, load_vae
 
 DEFAULTS = dict(steps=50, eta=1.0, text_scale=7.5, image_scale=7.5)     # paper Table 6
 MINI = dict(steps=25, eta=0.0, text_scale=3.0, image_scale=1.0)
@@ -79,7 +80,7 @@ def ddim(net, tokens, known, cond_mask, rngs, steps, eta, text_scale, image_scal
 
     def draw():
         return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in rngs])).to(device)
-    any_text = bool((tokens[:, 2:] != 0).any())  # more than start and end
+    any_text = bool((tokens[:, 1] != END).any())  # more than start and end
     terms = branches(text_scale, image_scale, any_text, bool(cond_mask.any()))
     both = torch.cat([tokens, tokenize([""] * len(tokens))]).to(device)  # one call: one length
     encoded = net.encode_text(tower(both) if tower else both)
@@ -92,13 +93,21 @@ def ddim(net, tokens, known, cond_mask, rngs, steps, eta, text_scale, image_scal
     return z
 
 
+def find_vae(model, file):
+    """The VAE that a model names, also where the training's folder is not the current one. UserError: it is gone."""
+    for folder in (Path(), *Path(model).resolve().parents):
+        if (folder / file).is_file():
+            return folder / file
+    raise UserError(f"{model}: its VAE, {file}, is not there; name it with --vae")
+
+
 class Sampler:
     """A trained network with its VAE and, if it was trained with one, its text tower."""
 
     def __init__(self, model, vae=None, device=None, clip_weights=None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         net, self.meta = load_rdtf(model)
-        vae = vae or self.meta["vae_file"]
+        vae = vae or find_vae(model, self.meta["vae_file"])
         decoder, _ = load_vae(vae)
         if file_hash(vae) != self.meta["vae"]:
             raise UserError(f"--vae {vae}: not the VAE that {model} was trained with")
@@ -188,12 +197,16 @@ def read_given(args, sampler):
 
 def output_paths(args, names):
     """A path for each sticker: NAME, then NAME-2, NAME-3 where a name comes again."""
-    folder = None if Path(args.out or "").suffix else Path(args.out or "")
-    suffix = media.PLATFORMS[args.platform][0] if args.platform else ".webp" if folder else Path(args.out).suffix
+    out = Path(args.out or "")
+    folder = out if not out.suffix or out.is_dir() or args.out.endswith(("/", os.sep)) else None
+    suffix = media.PLATFORMS[args.platform].suffix if args.platform else ".webp" if folder else Path(args.out).suffix
     if suffix.lower() not in (".webp", ".gif", ".png", ".apng"):
         raise UserError(f"--out {args.out}: write .webp, .gif or .png")
     if not folder and Path(args.out).suffix != suffix:
         raise UserError(f"--out {args.out}: {args.platform} takes {suffix}")
+    if not args.platform and args.duration > media.LONGEST[suffix.lower()]:
+        raise UserError(f"--duration {args.duration}: a frame of a {suffix} file lasts at most "
+                        f"{media.LONGEST[suffix.lower()]} ms")
     paths = []
     for name in names:
         stem = folder / name if folder else Path(args.out).with_suffix("")

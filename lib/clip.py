@@ -28,7 +28,7 @@ class CLIPExtractor:
             open_clip.load_checkpoint(self.net, str(weights), weights_only=True)
         except Exception as error:               # open_clip passes on whatever the reader of the file raises
             lines = [line.strip()[:160] for line in str(error).splitlines()[:4]]
-            raise UserError(f"--clip {file}: not the weights of {model_name}: {' '.join(lines)}") from None
+            raise UserError(f"--clip {file}: not the weights of {self.model}: {' '.join(lines)}") from None
         self.net = self.net.eval().requires_grad_(False).to(device)
         self.tokenize = open_clip.get_tokenizer(self.model)
         self.dim = self.net.encode_text(self.tokenize(["a"]).to(device)).shape[1]

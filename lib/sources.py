@@ -4,6 +4,7 @@ Each yields jobs: dict(file, source, caption, keywords, concept, group), `source
 those of a manifest or folder also have keep (frame numbers) and root (the folder in which the file must lie, or None).
 Stickers: @lobehub/fluent-emoji-anim (MIT), labels and keywords: emojibase-data (MIT).
 """
+import codecs
 import hashlib
 import itertools
 import json
@@ -15,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -192,12 +194,28 @@ def folder_jobs(root, outside=False):
     if (root / "captions.jsonl").exists():
         yield from listed_jobs(root, root / "captions.jsonl", outside)
         return
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in FORMATS and p.is_file()):
+    files = sorted(files_below(root, outside))
+    if not any(path.suffix.lower() in FORMATS for path in files):
+        kinds = Counter(path.suffix.lower() or "without an ending" for path in files).most_common(4)
+        held = ", ".join(f"{n} {kind}" for kind, n in kinds) or "no file"
+        raise UserError(f"{root}: no GIF, WebP, PNG or JPEG in it, but {held}; convert them or name another folder")
+    for path in (path for path in files if path.suffix.lower() in FORMATS):
         text = path.with_suffix(".txt")
         if text.is_file() and not outside and not lies_in(root, text):
             raise UserError(f"{text}: a link out of {root}; --allow-outside follows it")
         caption = read_caption(text) if text.is_file() else re.sub(r"[-_\s]+", " ", path.stem)
         yield plain_job(path.relative_to(root).as_posix(), path, caption, root=None if outside else root)
+
+
+def files_below(root, follow):
+    """Paths of the files below a folder, hidden ones (as macOS leaves in archives) left out. follow: linked folders."""
+    visited = set()
+    for folder, folders, names in os.walk(root, followlinks=follow):
+        real = os.path.realpath(folder)
+        folders[:] = [name for name in folders if not name.startswith(".")] if real not in visited else []
+        if real not in visited:
+            yield from (Path(folder, name) for name in names if not name.startswith("."))
+        visited.add(real)
 
 
 def listed_jobs(root, captions, outside):
@@ -214,7 +232,14 @@ def listed_jobs(root, captions, outside):
 def read_caption(path):
     """The text of a small file; of a large one as much as shows that it is too long."""
     with open(path, "rb") as file:
-        return file.read(8 * MAX_CAPTION).decode(errors="replace")
+        content = file.read(8 * MAX_CAPTION)
+    try:
+        marked = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        return content.decode("utf-16" if marked else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        if error.end == len(content) == 8 * MAX_CAPTION:         # too long anyhow, cut within a character
+            return content.decode(errors="replace")
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
 
 
 # ---- drawn shapes

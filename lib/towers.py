@@ -11,7 +11,8 @@ from lib.files import UserError, file_hash, first_line
 from lib.weights import load_strict, read_weights
 
 VOCAB, LENGTH = 49408, 77                        # of CLIP's tokenizer
-TOWER_PREFIXES = ("text.", "positional_embedding", "token_embedding.", "transformer.", "ln_final.")
+PARTS = "text.", "positional_embedding", "token_embedding.", "transformer.", "ln_final."
+TOWER_PREFIXES = *PARTS, *(f"module.{part}" for part in PARTS)   # "module.": as distributed training saves a model
 
 
 class TextTower(nn.Module):
@@ -44,6 +45,7 @@ class TextTower(nn.Module):
 
 def tower_weights(weights):
     """{name: float32 tensor} of a TextTower from an open_clip model's weights, where it may lie under "text."."""
+    weights = {k.removeprefix("module."): v for k, v in weights.items()}
     named = {k: v for k, v in weights.items() if k.startswith("text.")} or {f"text.{k}": v for k, v in weights.items()}
     return {k: v.float() for k, v in named.items() if not k.startswith(("text.text_projection", "text.attn_mask"))}
 

@@ -316,3 +316,15 @@ def test_the_fast_ways_of_a_cpu_give_the_plain_results(monkeypatch):
             found.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
         for a, b in zip(*found):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_captions_end_with_their_end_token():
+    """Token 0 is "!" in a caption and padding behind it; how long others are changes nothing."""
+    encoder = randomise(model.TextEncoder(tiny().text))
+    tokens = tokenize(["wow!\u2728", "a little red robot that waves", "!", ""])
+    assert 0 in tokens[0, :5] and (tokens[:, 0] != 0).all()
+    features, mask = encoder(tokens)
+    assert mask.sum(1).tolist() == [int((row == model.END).nonzero()[0]) + 1 for row in tokens]
+    for row, want, real in zip(tokens, features, mask):
+        alone, all_real = encoder(row[None])
+        assert all_real.all() and torch.allclose(alone[0], want[real], atol=1e-5)

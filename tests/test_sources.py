@@ -197,3 +197,27 @@ def test_synthetic_stickers_do_what_they_say():
         if len(frames) > 4:
             assert "moves right" not in job["caption"] or centre[1] > centre[0]
             assert "grows" not in job["caption"] or alpha[1].sum() > alpha[0].sum()
+
+
+def test_folders_as_people_have_them(tmp_path):
+    """Files that macOS leaves in archives, captions with a byte order mark or in UTF-16, links to folders."""
+    root, other = tmp_path / "root", tmp_path / "other"
+    (root / "._hidden").mkdir(parents=True)
+    other.mkdir()
+    for name in ("a.gif", "b.gif", "._a.gif", ".c.gif", "._hidden/d.gif", "../other/e.gif"):
+        (root / name).write_bytes(b"GIF89a")
+    (root / "a.txt").write_bytes("\ufeffcafé cat".encode())
+    (root / "b.txt").write_bytes("\ufeffa dog".encode("utf-16-le"))
+    (root / "linked").symlink_to(other)
+    (other / "round").symlink_to(root)
+    captions = lambda outside: {job["file"]: job["caption"] for job in sources.folder_jobs(root, outside)}
+    assert captions(False) == {"a.gif": "café cat", "b.gif": "a dog"}
+    assert captions(True) == {"a.gif": "café cat", "b.gif": "a dog", "linked/e.gif": "e"}
+    (root / "b.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match="b.txt: not UTF-8 text .byte 3.; save it as UTF-8"):
+        captions(False)
+    for name in ("x.tgs", "y.tgs", "z.webm"):
+        (tmp_path / "telegram").mkdir(exist_ok=True)
+        (tmp_path / "telegram" / name).touch()
+    with pytest.raises(UserError, match="telegram: no GIF, WebP, PNG or JPEG in it, but 2 .tgs, 1 .webm; convert"):
+        list(sources.folder_jobs(tmp_path / "telegram"))

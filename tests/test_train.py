@@ -59,7 +59,7 @@ def assert_same(a, b):
 
 def test_a_run_folder(tiny_dfgn, tiny_vae):
     assert {p.name for p in tiny_dfgn.iterdir()} == RUN_FILES
-    config, state = json.loads((tiny_dfgn / "config.json").read_text()), state_of(tiny_dfgn)
+    config, state = read_config(tiny_dfgn), state_of(tiny_dfgn)
     assert config["train"]["steps"] == 7 and Config.from_dict(config["model"]) == PRESETS["tiny"]
     assert state["step"] == 7 and state_of(tiny_dfgn, "state.prev.pt")["step"] == 4
     net, meta = load_rdtf(tiny_dfgn / "model.safetensors")
@@ -72,10 +72,9 @@ def test_log_lines(tiny_dfgn, tiny_vae):
     lines = log_of(tiny_dfgn, free=())
     assert [line["step"] for line in lines] == [2, 4, 6, 7]
     for line in lines:
-        assert set(line) == {"step", "loss", "grad_norm", "lr", "entropy", "r", "tasks", "deciles", "clips_per_s",
-                             "cpu_s", "save_s", "peak_mb"}
         assert line["tasks"] and set(line["tasks"]) <= set(TASKS) and set(line["deciles"]) <= set("0123456789")
-        assert line["loss"] > 0 and line["grad_norm"] > 0 and 0.3 < line["entropy"] < 1 and line["clips_per_s"] > 0
+        assert min(line[name] for name in ("loss", "grad_norm", "lr", "clips_per_s", "cpu_s", "peak_mb")) > 0
+        assert 0.3 < line["entropy"] < 1 and line["r"] == 0
         assert min(line["tasks"].values()) <= line["loss"] + 1e-4 <= max(line["tasks"].values()) + 2e-4
     assert [line["save_s"] > 0 for line in lines] == [False, False, True, False]                 # after step 4
     assert [line["step"] for line in log_of(tiny_vae)] == [2, 4]
@@ -111,22 +110,18 @@ def test_averaged_weights_after_one_step(dfgn_argv, tmp_path):
 
 # ---- memory and speed
 
-def first_moments(run):
-    """{parameter number: 0.1 times the gradient of the first step, clipped} of a run of two steps."""
-    moments = state_of(run, "state.prev.pt")["optimizer"]["state"]
-    return {i: moment["exp_avg"] for i, moment in moments.items()}
-
-
 def test_micro_batches_checkpointing_and_compiling_change_no_number(dfgn_argv, tmp_path, monkeypatch):
     """Compiled by aot_eager: traced as ever, but run by torch's own kernels; inductor's take minutes to build."""
     monkeypatch.setattr(train, "COMPILER", "aot_eager")
-    plain = tmp_path / "plain"
-    for more in ([], ["--accumulate", 4], ["--checkpointing"], ["--compile"]):
-        run = tmp_path / "-".join(map(str, more)) if more else plain
+    found = []
+    for i, more in enumerate(([], ["--accumulate", 4], ["--checkpointing"], ["--compile"])):
+        run = tmp_path / str(i)
         run_train(*options(dfgn_argv, steps=2, log_every=1, save_every=1, out=run), *more)
-        torch.testing.assert_close(first_moments(run), first_moments(plain), rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(log_of(run), log_of(plain), rtol=1e-4, atol=1e-6)
-        assert state_of(run)["net"].keys() == state_of(plain)["net"].keys()
+        moments = state_of(run, "state.prev.pt")["optimizer"]["state"]  # 0.1 times the first step's gradients, clipped
+        found.append({name: moment["exp_avg"] for name, moment in moments.items()})
+        torch.testing.assert_close(found[i], found[0], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(log_of(run), log_of(tmp_path / "0"), rtol=1e-4, atol=1e-6)
+        assert state_of(run)["net"].keys() == state_of(tmp_path / "0")["net"].keys()
 
 
 def test_host_averages_and_loader_processes_change_no_bit(dfgn_argv, tmp_path):
@@ -265,16 +260,14 @@ def test_every_option_may_change_or_may_not(tiny_dfgn):
 @pytest.mark.parametrize("what, bad", [("loss", 1), ("gradient", 0)])
 def test_values_that_are_not_finite_stop(what, bad, dfgn_argv, tmp_path, monkeypatch):
     """Their samples are named, the last checkpoint stays."""
-    run, plain, norms = tmp_path / "run", train.DFGNStage.collate, iter([1.0, np.inf])
+    run, plain = tmp_path / "run", train.Trainer.backward
 
-    def poisoned(self, step, items, p):
-        batch, tags = plain(self, step, items, p)
-        batch["z0"][2] *= np.nan if step == 1 else 1
-        return batch, tags
-    if what == "loss":
-        monkeypatch.setattr(train.DFGNStage, "collate", poisoned)
-    else:
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    def poisoned(self, batch):
+        losses, norm = plain(self, batch)
+        if self.step == 1 and what == "loss":
+            losses[2] = np.nan
+        return losses, np.inf if self.step == 1 and what == "gradient" else norm
+    monkeypatch.setattr(train.Trainer, "backward", poisoned)
     with pytest.raises(UserError, match=f"{what} is not finite at step 1 .{bad} of 4 losses") as stop:
         run_train(*options(dfgn_argv, steps=3, out=run, still_share=0, save_every=1))
     stage = stage_of(run)
