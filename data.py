@@ -130,10 +130,8 @@ def key_frames(x, k):
     """First frame of each of k clusters of the features x (n, F), in time order; exactly k, also of fewer clusters."""
     from scipy.cluster.vq import kmeans2
     label = first_equal(x)
-    if len(set(label)) > k:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")      # of empty clusters
-            _, label = kmeans2(x, k, minit="++", rng=0)
+    if len(np.unique(label)) > k:
+        _, label = kmeans2(x, k, minit="++", rng=0, check_finite=False)
     first = np.unique(label, return_index=True)[1].tolist()
     fill = [i for i in even_frames(len(x), k) + list(range(len(x))) if i not in first]
     return sorted(first + list(dict.fromkeys(fill))[:k - len(first)])
@@ -142,7 +140,9 @@ def key_frames(x, k):
 def key_table(frames):
     """What preparing adds to an index record: the key frames for each k."""
     x = coordinates(features(frames))
-    return dict(keys={str(k): key_frames(x, k) for k in range(3, min(MAX_KEYS, len(frames)) + 1)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")          # of empty clusters
+        return dict(keys={str(k): key_frames(x, k) for k in range(3, min(MAX_KEYS, len(frames)) + 1)})
 
 
 def choose_frames(record, rng, T, how="kmeans", k=None):
@@ -408,6 +408,7 @@ def source_of(o):
 
 
 def main(argv=None):
+    import scipy.cluster.vq  # noqa: F401        here once, before workers are forked
     o = parse(argv)
     source, jobs, more = source_of(o)
     prepare(o.out, o.size, source, jobs, key_table, o.workers, o.most_frames, **more)

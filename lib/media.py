@@ -146,7 +146,7 @@ def compose(content, name, most, size, keep, room):
     for i, (frame, milliseconds) in enumerate(seen):
         durations.append(milliseconds or 100)
         if i in indices:
-            frame = frame.convert("RGBA")
+            frame = frame if frame.mode == "RGBA" else frame.convert("RGBA")
             frames[indices.index(i)] = square_image(frame, size) if size else frame
     return frames, durations_of_kept(durations, indices), indices
 
