@@ -107,9 +107,8 @@ class VAEStage:
             raise UserError(f"--data {config.data}: {self.stickers.size} px, "
                             f"preset {config.preset} wants {self.preset.vae.size}")
         if not len(self.stickers):
-            of = f" of --groups {' '.join(config.groups)}" if config.groups else ""
-            raise UserError(f"--data {config.data}: no sticker{of} is in its train split; splits are drawn by concept, "
-                            "so prepare more captions")
+            raise UserError(f"--data {config.data}: no sticker (of --groups, if named) is in its train split; splits "
+                            "are drawn by concept, so prepare more captions")
         self.inputs = dict(data=self.stickers.meta["hash"])  # a resumed run must have the same
 
     def prepare(self):
