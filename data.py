@@ -9,9 +9,7 @@ Key frames: paper Fig. 3 and Table 6. Condition masks: paper Table 7. Every draw
 """
 import argparse
 import functools
-import hashlib
 import itertools
-import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -21,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib.files import UserError, cache_path, numbered_lines, rows, run_cli
+from lib.files import UserError, cache_path, json_hash, numbered_lines, rows, run_cli
 from lib.index import SPLITS, Index
 from lib.media import MAX_FRAMES, even_frames, to_tensor
 from lib.options import check_least
@@ -403,14 +401,13 @@ def source_of(o):
         return name, lambda: itertools.islice(numbered_lines(o.manifest), o.limit), dict(total=total, read=read)
     jobs = list(folder_jobs(Path(o.folder), o.allow_outside))
     state = [[j["file"], j["caption"], os.path.exists(j["source"]) and os.path.getmtime(j["source"])] for j in jobs]
-    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
-    return f"folder {o.folder} {digest}{outside}", lambda: jobs, dict(total=len(jobs))
+    return f"folder {o.folder} {json_hash(state)[:12]}{outside}", lambda: jobs, dict(total=len(jobs))
 
 
 def main(argv=None):
-    import scipy.cluster.vq  # noqa: F401        here once, before workers are forked
     o = parse(argv)
     source, jobs, more = source_of(o)
+    import scipy.cluster.vq  # noqa: F401        here once, before workers are forked
     prepare(o.out, o.size, source, jobs, key_table, o.workers, o.most_frames, **more)
 
 

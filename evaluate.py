@@ -29,7 +29,7 @@ from lib.cpu import keep_memory
 from lib.distances import bootstrap, bootstrap_fd, extrapolate, frechet, on_white, psnr
 from lib.dover import dover_fuse
 from lib.extractors import extractors, features_of
-from lib.files import UserError, atomic_write, cache_path, file_hash, read_json, rows, run_cli
+from lib.files import UserError, cache_path, file_hash, read_json, rows, run_cli, write_json
 from lib.media import check_sheet, contact_sheet, even_frames, to_rgba, to_tensor
 from lib.options import check_least
 from lib.standins import fd_app, fd_mot
@@ -233,11 +233,6 @@ def measure(run, test):
                   vae=distances(test.real, test.features(run.folder / "eval", decoded, DISTANT), args.seed),
                   floor=test.floor, real={k: mean_of(v, args.seed) for k, v in test.scores(test.real, "t2v").items()})
     return report, made
-
-
-def write_json(path, value):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda p: p.write_text(json.dumps(value, indent=1)))
 
 
 def evaluate(args):

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import os
 import re
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -199,20 +200,20 @@ def output_paths(args, names):
     """A path for each sticker: NAME, then NAME-2, NAME-3 where a name comes again."""
     out = Path(args.out or "")
     folder = out if not out.suffix or out.is_dir() or args.out.endswith(("/", os.sep)) else None
-    suffix = media.PLATFORMS[args.platform].suffix if args.platform else ".webp" if folder else Path(args.out).suffix
-    if suffix.lower() not in (".webp", ".gif", ".png", ".apng"):
+    suffix = media.PLATFORMS[args.platform].suffix if args.platform else ".webp" if folder else out.suffix
+    if suffix.lower() not in media.LONGEST:
         raise UserError(f"--out {args.out}: write .webp, .gif or .png")
-    if not folder and Path(args.out).suffix != suffix:
+    if not folder and out.suffix != suffix:
         raise UserError(f"--out {args.out}: {args.platform} takes {suffix}")
-    if not args.platform and args.duration > media.LONGEST[suffix.lower()]:
-        raise UserError(f"--duration {args.duration}: a frame of a {suffix} file lasts at most "
-                        f"{media.LONGEST[suffix.lower()]} ms")
-    paths = []
+    longest = media.LONGEST[suffix.lower()]
+    if not args.platform and args.duration > longest:
+        raise UserError(f"--duration {args.duration}: a frame of a {suffix} file lasts at most {longest} ms")
+    paths, numbers = {}, defaultdict(lambda: itertools.count(1))             # paths: a set in order
     for name in names:
-        stem = folder / name if folder else Path(args.out).with_suffix("")
-        numbered = (Path(f"{stem}-{i}{suffix}" if i > 1 else f"{stem}{suffix}") for i in itertools.count(1))
-        paths.append(next(path for path in numbered if path not in paths))
-    return paths
+        stem = folder / name if folder else out.with_suffix("")
+        numbered = (Path(f"{stem}-{i}{suffix}" if i > 1 else f"{stem}{suffix}") for i in numbers[stem])
+        paths[next(path for path in numbered if path not in paths)] = None
+    return list(paths)
 
 
 def parse(argv):

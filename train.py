@@ -200,6 +200,7 @@ class DFGNStage(VAEStage):
         net = RDTF(self.preset)
         if fresh and self.config.base:
             net.load_state_dict(self.base)
+        self.base = None                      # as large as the network
         net.dfgn.checkpointing = self.config.checkpointing
         return net.to(self.device)
 

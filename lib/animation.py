@@ -119,7 +119,7 @@ def gif_pixels(lzw, width, height, interlaced, table, transparent):
 def colours(table, transparent=None):
     """Bytes of a colour table -> (256, 4) uint8 RGBA; what it does not define is black."""
     rgba = np.zeros((256, 4), np.uint8)
-    rgb = np.frombuffer(table, np.uint8)[:768 if len(table) >= 768 else len(table) // 3 * 3].reshape(-1, 3)
+    rgb = np.frombuffer(table, np.uint8)[:min(len(table) // 3, 256) * 3].reshape(-1, 3)
     rgba[:len(rgb), :3], rgba[:, 3] = rgb, 255
     if transparent is not None:
         rgba[transparent, 3] = 0

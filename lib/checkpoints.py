@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import asdict
 
-from lib.files import UserError, atomic_write, first_line, lock
+from lib.files import UserError, atomic_write, first_line, lock, write_json
 from lib.options import flag
 from lib.weights import read_checkpoint
 
@@ -115,7 +115,7 @@ def write_config(run, config, step):
     if log.is_file():
         lines = [line + "\n" for line in log.read_text(errors="replace").splitlines() if step_of(line) <= step]
         atomic_write(log, lambda temporary: temporary.write_text("".join(lines)))
-    atomic_write(run / "config.json", lambda temporary: temporary.write_text(json.dumps(config, indent=1)))
+    write_json(run / "config.json", config)
 
 
 def append(log, line=None, durably=False):

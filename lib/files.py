@@ -84,6 +84,11 @@ def read_json(path):
         return {}
 
 
+def json_hash(value):
+    """SHA-256 of a value as JSON has it, hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 # ---- writing
 
 def file_hash(path):
@@ -130,6 +135,12 @@ def atomic_write(path, write, backup=None):
         raise
 
 
+def write_json(path, value):
+    """Write a value as JSON, atomically; its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+
+
 @contextlib.contextmanager
 def lock(path, what, wait=False):
     """Hold the lock file `path` while inside; it is free again when the process ends, however it ends.
@@ -161,8 +172,7 @@ def map_rows(path, n, shape, dtype):
 
 def cache_path(folder, name, made_of):
     """folder/NAME-HASH.bin, where rows are cached; the hash is of `made_of`, all that they depend on (JSON)."""
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-    return Path(folder) / f"{name}-{digest[:16]}.bin"
+    return Path(folder) / f"{name}-{json_hash(made_of)[:16]}.bin"
 
 
 def rows(path, n, shape, dtype, batch, make, progress=None):

@@ -127,14 +127,15 @@ def open_frames(content, name):
     image = Image.open(io.BytesIO(webp_alpha(content)), formats=[*set(FORMATS.values())])
     n = image.n_frames if image.format == "WEBP" else 1          # a phone's JPEG may hold a second picture
     check_canvas(name, *image.size, n)
-    upright = image.size if n > 1 else ImageOps.exif_transpose(image).size
+    if n == 1:
+        image = ImageOps.exif_transpose(image)
 
     def frames():
         for i in range(n):
             image.seek(i)
             image.load()                         # its duration is known now
-            yield (image if n > 1 else ImageOps.exif_transpose(image)), image.info.get("duration")
-    return upright, n, frames()
+            yield image, image.info.get("duration")
+    return image.size, n, frames()
 
 
 def compose(content, name, most, size, keep, room):

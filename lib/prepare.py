@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lib.files import UserError, atomic_write, lock, read_json, read_jsonl, rename_durably
+from lib.files import UserError, lock, read_json, read_jsonl, rename_durably, write_json
 from lib.index import COLUMNS, SPLITS, VERSION, read_meta
 from lib.media import decode_frames, durations_of_kept, square, thin
 from lib.sources import MAX_CAPTION, lies_in, split_of
@@ -83,7 +83,7 @@ def finished_shards(part, wanted):
     if finished and changed:
         raise UserError(f"{part} holds an interrupted run of something else ({changed}); "
                         "remove it, or give another --out")
-    atomic_write(part / "meta.json", lambda path: path.write_text(json.dumps(wanted)))
+    write_json(part / "meta.json", wanted)
     for path in part.rglob("*.tmp"):
         path.unlink()
     return {int(path.stem): next(read_jsonl(path))[1] for path in finished}
@@ -225,4 +225,4 @@ def write_index(part, shards, wanted):
     digest = hashlib.sha256("".join(s["sha256"] for s in shards).encode()).hexdigest()
     lengths = [s["frames"] for s in shards]
     meta = dict(wanted, frames=first, stickers=row, hash=digest, groups=list(groups), shards=lengths)
-    atomic_write(part / "meta.json", lambda path: path.write_text(json.dumps(meta, indent=1)))
+    write_json(part / "meta.json", meta)

@@ -41,8 +41,9 @@ SYNONYMS = {"merman": "merperson", "mermaid": "merperson", "prince": "with crown
 VARIANT = re.compile(
     r"[^,:]*skin tone|facing right|\b(?:left|right)(?:wards|-facing)|\b(?:santa|mrs\.|mx)(?= claus)|"
     r"\bold(?:er)?(?= (?:wo)?man| person)|\b(?:beard|bald)\b|(?:red|blond|curly|white) hair|"     # one head, other hair
-    r"\b(?:woman and man|(?:wo)?m[ae]n|boys?|girls?|child|adult|persons?|people|(?:fe)?male)(?:[’']s)?(?![\w’'-])|[,:]")
-TEMPLATE = re.compile(r"(keycap)\b.*|.*(?:o[’']|-)(clock|thirty)")                    # one drawing, other digit or hand
+    r"\b(?:woman and man|(?:wo)?m[ae]n|boys?|girls?|child|adult|persons?|people|(?:fe)?male)"
+    r"(?:[’']s)?(?![\w’'-])|[,:]")
+TEMPLATE = re.compile(r"(keycap)\b.*|.*(?:o[’']|-)(clock|thirty)")  # one drawing, other digit or hand
 
 
 def concept_of(label):
@@ -194,12 +195,13 @@ def folder_jobs(root, outside=False):
     if (root / "captions.jsonl").exists():
         yield from listed_jobs(root, root / "captions.jsonl", outside)
         return
-    files = sorted(files_below(root, outside))
-    if not any(path.suffix.lower() in FORMATS for path in files):
+    files = sorted(path for path in files_below(root, outside) if path.is_file())
+    pictures = [path for path in files if path.suffix.lower() in FORMATS]
+    if not pictures:
         kinds = Counter(path.suffix.lower() or "without an ending" for path in files).most_common(4)
         held = ", ".join(f"{n} {kind}" for kind, n in kinds) or "no file"
         raise UserError(f"{root}: no GIF, WebP, PNG or JPEG in it, but {held}; convert them or name another folder")
-    for path in (path for path in files if path.suffix.lower() in FORMATS):
+    for path in pictures:
         text = path.with_suffix(".txt")
         if text.is_file() and not outside and not lies_in(root, text):
             raise UserError(f"{text}: a link out of {root}; --allow-outside follows it")
@@ -212,10 +214,12 @@ def files_below(root, follow):
     visited = set()
     for folder, folders, names in os.walk(root, followlinks=follow):
         real = os.path.realpath(folder)
-        folders[:] = [name for name in folders if not name.startswith(".")] if real not in visited else []
-        if real not in visited:
-            yield from (Path(folder, name) for name in names if not name.startswith("."))
+        if real in visited:
+            folders.clear()
+            continue
         visited.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(folder, name) for name in names if not name.startswith("."))
 
 
 def listed_jobs(root, captions, outside):

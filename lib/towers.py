@@ -1,5 +1,4 @@
 """The frozen text transformer of an open_clip model, from a local file; it is not trained and no network is used."""
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -7,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from lib.files import UserError, file_hash, first_line
+from lib.files import UserError, file_hash, first_line, json_hash
 from lib.weights import load_strict, read_weights
 
 VOCAB, LENGTH = 49408, 77                        # of CLIP's tokenizer
@@ -86,8 +85,8 @@ def name_tower(path, name, width):
         raise UserError(f"--clip-weights {path}: its text tower cannot be used ({first_line(error)})") from None
     if tower.width != width:
         raise UserError(f"--clip-weights {path}: a text tower of width {tower.width}, text.width is {width}")
-    made_of = json.dumps([file_hash(weights), config["text_cfg"], config.get("quick_gelu", False)], sort_keys=True)
-    return dict(file=str(path), model=name, hash=hashlib.sha256(made_of.encode()).hexdigest())
+    made_of = [file_hash(weights), config["text_cfg"], config.get("quick_gelu", False)]
+    return dict(file=str(path), model=name, hash=json_hash(made_of))
 
 
 def load_tower(path, name):

@@ -8,7 +8,6 @@ participants download their rankings; the .key.json beside it alone tells which 
 """
 import argparse
 import base64
-import hashlib
 import json
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from data import eval_mask  # noqa: E402
-from lib.files import UserError, atomic_write, run_cli  # noqa: E402
+from lib.files import UserError, atomic_write, json_hash, run_cli, write_json  # noqa: E402
 from lib.media import write_animation  # noqa: E402
 from lib.tables import markdown, with_interval  # noqa: E402
 
@@ -32,7 +31,7 @@ def require(fact, message):
 
 
 def hash_of(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    return json_hash(value)[:16]
 
 
 # ---- the page
@@ -73,7 +72,7 @@ def write_study(path, inputs, methods, seed, duration=125):
     content = json.dumps(page).replace("<", "\\u003c")          # a caption may hold </script>
     html = Path(__file__).with_name("study.html").read_text("utf-8").replace("__STUDY__", content)
     secret = dict(study=page["id"], seed=seed, criteria=list(CRITERIA), methods=list(methods), inputs=key)
-    atomic_write(Path(path).with_suffix(".key.json"), lambda p: p.write_text(json.dumps(secret, indent=1)))
+    write_json(Path(path).with_suffix(".key.json"), secret)
     atomic_write(path, lambda p: p.write_text(html, "utf-8"))
 
 
