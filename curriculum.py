@@ -19,6 +19,7 @@ MODES = ("none", "linear", "adaptive")
 KP, KI, KD = 5.0, 3.0, 1.3                # paper Table 6
 WINDOW = 1000                             # losses and scores remembered
 WARMUP = 10                               # scores before r leaves 0
+REFERENCE = 100                           # losses of a task and timestep decile that later ones are divided by
 WEIGHTS = {                               # static at the start and at the end; adaptive at r = 0 and at r = 1
     "t2v": (0.1, 0.9, 0.1, 0.9), "i2v": (0.1, 0.9, 0.1, 0.9), "it2v": (0.1, 0.9, 0.1, 0.9),
     "interpolation": (0.9, 0.1, 0.9, 0.1), "prediction_forward": (0.7, 0.3, 0.5, 0.5),
@@ -59,14 +60,16 @@ class Curriculum:
         return float(self.probabilities(step) @ [unknown_share(task) for task in TASKS])
 
     def normalise(self, losses, tasks, deciles):
-        """Losses (n,) divided by the running mean of their (task, timestep decile), which they then enter.
+        """Losses (n,) divided by the mean of the first 100 of their (task, timestep decile), frozen from then on.
 
-        The bare loss says little but which task and timestep were drawn."""
+        The bare loss says little but which task and timestep were drawn. A mean that kept running would follow the
+        loss down, and a plateau would then look like a rise."""
+        for loss, *cell in zip(losses, tasks, deciles):
+            if self.counts[*cell] < REFERENCE:
+                self.sums[*cell] += loss
+                self.counts[*cell] += 1
         cells = tasks, deciles
-        mean = np.where(self.counts[cells] > 0, self.sums[cells] / np.maximum(self.counts[cells], 1), losses)
-        np.add.at(self.sums, cells, losses)
-        np.add.at(self.counts, cells, 1)
-        return losses / np.maximum(mean, 1e-8)
+        return losses / np.maximum(self.sums[cells] / self.counts[cells], 1e-8)
 
     def observe(self, losses, tasks, deciles):
         """One step's losses (n,) of all ranks, their task numbers and timestep deciles (0..9)."""

@@ -70,15 +70,27 @@ def test_r_is_the_smoothed_share_of_earlier_scores_above():
     assert smooth.r > 0.5 and smooth.losses.maxlen == smooth.scores.maxlen == 1000
 
 
-def test_losses_are_divided_by_the_running_mean_of_their_task_and_decile():
+def test_losses_are_divided_by_the_mean_of_the_first_hundred_of_their_task_and_decile():
     c = Curriculum("adaptive", 100)
 
     def normalised(*losses, tasks, deciles):
         return c.normalise(np.array(losses), np.array(tasks), np.array(deciles)).tolist()
     assert normalised(2.0, 6.0, tasks=[0, 1], deciles=[3, 3]) == [1, 1]  # first of their cells
-    assert normalised(4.0, tasks=[0], deciles=[3]) == [2] and normalised(6.0, tasks=[0], deciles=[3]) == [2]
-    assert normalised(6.0, tasks=[1], deciles=[3]) == normalised(5.0, tasks=[0], deciles=[4]) == [1]
-    assert normalised(1.0, 3.0, tasks=[2, 2], deciles=[0, 0]) == [1, 1] and c.sums[2, 0] == 4 and c.counts[2, 0] == 2
+    assert normalised(4.0, tasks=[0], deciles=[3]) == [4 / 3] and normalised(6.0, tasks=[0], deciles=[4]) == [1]
+    for _ in range(98):
+        normalised(3.0, tasks=[0], deciles=[3])
+    assert c.counts[0, 3] == 100 and c.sums[0, 3] == 300
+    assert normalised(1.5, 30.0, tasks=[0, 0], deciles=[3, 3]) == [0.5, 10] and c.counts[0, 3] == 100  # frozen
+    assert normalised(9.0, tasks=[1], deciles=[3]) == [9 / 7.5]
+
+
+@pytest.mark.parametrize("noise, low, high", [(0.0, 0.9, 1.0), (0.3, 0.4, 0.6)])
+def test_a_plateau_after_a_fall_does_not_count_as_getting_worse(noise, low, high):
+    """A trained network is not sent back to easy tasks: of equal losses most earlier ones were higher."""
+    rng, c = np.random.default_rng(0), Curriculum("adaptive", 100, smooth=1 if noise == 0 else 100)
+    for loss in [*np.linspace(2, 1, 100), *np.ones(300 if noise == 0 else 3000)]:
+        c.observe([loss * (1 + noise * rng.uniform(-1, 1))], [0], [0])
+    assert low <= c.r <= high
 
 
 def test_a_state_through_json_goes_on_identically():
