@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 
 from lib.files import UserError, cache_path, json_hash, numbered_lines, rows, run_cli
-from lib.index import SPLITS, Index
+from lib.index import SPLITS, Chain, Index, JoinedIndex
 from lib.media import MAX_FRAMES, even_frames, to_tensor
 from lib.options import check_least
 from lib.prepare import prepare
@@ -190,6 +191,12 @@ def tokenize(texts):
     return tokenizer()(list(texts))
 
 
+def vocabulary(records):
+    """Sorted tokens of all captions and keywords, of "#", of the ends of a text and of padding."""
+    texts = {", ".join([r["caption"], *r["keywords"]]) for r in records} | {"#"}
+    return sorted(set().union(*(tokenize([text]).unique().tolist() for text in texts)))
+
+
 class StickerTexts(Sequence):
     """All texts that training shows of a set: row 0 is "", row 1 + i * variants + v is variant v of sticker i.
 
@@ -216,18 +223,21 @@ class StickerTexts(Sequence):
 # ---- prepared sets
 
 class StickerSet:
-    """A prepared set, or its stickers of one split or of some groups. It pickles as its arguments.
+    """A prepared set, or its stickers of one split or of some groups; a list of folders: several sets as one.
 
     records: index records, parsed when asked for; lengths, split, concept: arrays, an entry a record; members: for each
-    concept, in the order of names, the numbers of its records; frames: all frames of the folder, (n, S, S, 4) uint8."""
+    concept, in the order of names, the numbers of its records; frames: all frames of the folder, (n, S, S, 4) uint8.
+    It pickles as its arguments."""
     def __init__(self, folder, split=None, groups=None):
-        self.arguments, self.folder, index = (folder, split, groups), Path(folder), Index(folder)
+        folders = folder if isinstance(folder, list) else [folder]
+        index = JoinedIndex(folders) if len(folders) > 1 else Index(folders[0])
+        self.arguments, self.folder = (folder, split, groups), index.folder
         self.meta, self.size, self.frames = index.meta, index.meta["size"], index.frames
         chosen = np.full(len(index), True) if split is None else index.columns["split"] == SPLITS.index(split)
         if groups is not None:
             known = self.meta["groups"]
             if unknown := [name for name in groups if name not in known]:
-                raise UserError(f"--groups {' '.join(unknown)}: {folder} has {', '.join(known)}")
+                raise UserError(f"--groups {' '.join(unknown)}: {self.folder} has {', '.join(known)}")
             chosen &= np.isin(index.columns["group"], [known.index(name) for name in groups])
         self.records = index.select(np.flatnonzero(chosen))
         columns = index.columns[chosen]
@@ -274,6 +284,8 @@ def latents_path(stickers, vae_hash):
 @torch.no_grad()
 def cache_latents(folder, vae, vae_hash):
     """Encode what is missing -> map (frames, 2, c, h, w) float16: mean and log-variance, not standardised."""
+    if isinstance(folder, list):
+        return Chain([cache_latents(part, vae, vae_hash) for part in folder])
     stickers = StickerSet(folder)
     n, side = len(stickers.frames), stickers.size // vae.config.factor
     pixels = 2 ** (21 if vae.latent_mean.is_cuda else 18)        # at once; the widest layers are as large as the image
@@ -299,9 +311,10 @@ def permutation(seed, epoch, kind, count):
 
 
 class ClipDataset(torch.utils.data.Dataset):
-    """Training clips by (step, n, T): dict(z (T, C, h, w), loss_mask (T,), n, text, text_row, index, key).
+    """Training clips by (step, n, T, turn): dict(z (T, C, h, w), loss_mask (T,), n, text, text_row, index, key).
 
     n: real frames; index: the sticker; text_row: of `texts`, -1 without them; all functions of (seed, step, n).
+    turn: earlier steps of this kind, whole clips or single frames; a function of the step (StepSampler).
     latents: (frames, 2, C, h, w), mean and log-variance. texts: StickerTexts to draw from, if texts must be finite.
     Concepts are visited in permuted order, each as often as any other; which of its variants (skin tone, gender) is
     drawn, so that twins do not crowd out the rest. T = 1 gives single frames of any sticker. k "step": clips have T
@@ -323,17 +336,17 @@ class ClipDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.everything)
 
-    def variants(self, step, n, T):
+    def variants(self, turn, n, T):
         """The record numbers among which sample n of a step draws."""
         pool = self.animated if T > 1 and self.k == "step" else self.everything
-        place = step * self.batch * (1 if T > 1 else self.T) + n
+        place = turn * self.batch * (1 if T > 1 else self.T) + n
         epoch, place = divmod(place, len(pool))
         return pool[permutation(self.seed, epoch, T > 1, len(pool))[place]]
 
     def __getitem__(self, key):
-        step, n, T = key
+        step, n, T, turn = key
         rng = rng_for(self.seed, step, n, 0)
-        ids = self.variants(step, n, T)
+        ids = self.variants(turn, n, T)
         index = int(ids[int(rng.integers(len(ids)))])
         record = self.set.records[index]
         idx = choose_frames(record, rng, T, self.how, T if T == 1 or self.k == "step" else None)
@@ -347,9 +360,9 @@ class ClipDataset(torch.utils.data.Dataset):
 
 
 class StepSampler:
-    """Batch sampler: for each step of `start` to `stop` the (step, n, T) keys of this rank, a contiguous share of all.
+    """Batch sampler: for each step of `start` to `stop` the keys of this rank, a contiguous share of all.
 
-    plan(step) -> (frames of a clip, samples per batch slot)."""
+    A key is (step, n, T, turn), as ClipDataset takes it. plan(step) -> (frames T of a clip, samples per batch slot)."""
     def __init__(self, batch, start=0, stop=None, rank=0, world=1, plan=lambda step: (8, 1)):
         if batch % world:
             raise UserError(f"--batch {batch}: not a multiple of the {world} processes")
@@ -357,9 +370,12 @@ class StepSampler:
         self.share = rank * batch // world, (rank + 1) * batch // world
 
     def __iter__(self):
-        for step in itertools.count(self.start) if self.stop is None else range(self.start, self.stop):
+        turns = Counter()
+        for step in itertools.count() if self.stop is None else range(self.stop):
             T, times = self.plan(step)
-            yield [(step, n, T) for n in range(self.share[0] * times, self.share[1] * times)]
+            if step >= self.start:
+                yield [(step, n, T, turns[T > 1]) for n in range(self.share[0] * times, self.share[1] * times)]
+            turns[T > 1] += 1
 
 
 # ---- command line

@@ -108,7 +108,7 @@ class Run:
         if not self.model.is_file():
             raise UserError(f"--run {folder}: no model.safetensors there; `python train.py --out {folder}` trains one")
         trained = read_json(self.folder / "config.json").get("train", {})
-        args.data = args.data or trained.get("data", "data/fluent")
+        args.data = args.data or trained.get("data", ["data/fluent"])[0]
         self.sampler = Sampler(self.model, args.vae, clip_weights=args.clip_weights)
         self.sha256, self.code = file_hash(self.model), {name: file_hash(ROOT / name) for name in SAMPLING_CODE}
         self.settings = self.sampler.settings(**{name: getattr(args, name) for name in DEFAULTS})

@@ -24,6 +24,7 @@ from lib.options import apply_changes, check_value, dataclass_from_dict
 from lib.weights import SD_PREFIXES, SD_SCALE, is_own, load_model, load_strict, read_weights, sd_vae_weights
 
 END = 49407                               # open_clip's token after a caption
+UNKNOWN = 258                             # its token of the word "#"
 RECOMPUTE_FROM = 2 ** 19                  # elements of a tensor from which on memory counts for more than time
 
 
@@ -56,7 +57,7 @@ class TextConfig:
     kind: str = "small"                   # small: transformer trained jointly; open_clip: frozen tower, features given
     width: int = 128                      # width of the token features
     layers: int = 2
-    vocab: int = 49408                    # open_clip's byte-pair vocabulary
+    vocab: int = 49408                    # tokens with an embedding: open_clip's; train.py takes those of its texts
     length: int = 77
 
 
@@ -454,10 +455,14 @@ class DFGN(nn.Module):
 
 # ---- text
 class TextEncoder(nn.Module):
-    """Small transformer on open_clip's tokens, trained with the DFGN: for machines without published weights."""
+    """Small transformer on open_clip's tokens, trained with the DFGN: for machines without published weights.
+
+    vocabulary: the sorted tokens that have an embedding (data.vocabulary). Any other reads as "#", which word dropout
+    trains to stand for a word that is not told."""
 
     def __init__(self, c):
         super().__init__()
+        self.register_buffer("vocabulary", torch.arange(c.vocab))
         self.token = nn.Embedding(c.vocab, c.width)
         self.position = nn.Parameter(torch.randn(c.length, c.width) * 0.02)
         nn.init.normal_(self.token.weight, std=0.3)  # captions are told apart by their words from the first step
@@ -466,6 +471,12 @@ class TextEncoder(nn.Module):
         self.ffs = nn.ModuleList(GEGLU(c.width, 2) for _ in range(c.layers))
         self.norm_out = nn.LayerNorm(c.width)
 
+    def rows(self, tokens):
+        """tokens -> rows of the embedding."""
+        rows, unknown = torch.searchsorted(self.vocabulary, torch.stack([tokens, torch.full_like(tokens, UNKNOWN)]))
+        rows = rows.clamp(max=len(self.vocabulary) - 1)
+        return torch.where(self.vocabulary[rows] == tokens, rows, unknown)
+
     def forward(self, tokens):
         """tokens (B, L) int64 -> features (B, L', width) and mask (B, L'), cut to the longest caption.
 
@@ -473,7 +484,7 @@ class TextEncoder(nn.Module):
         lengths = (tokens == END).int().argmax(1) + 1
         tokens = tokens[:, : int(lengths.max())]
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        x = self.token(tokens) + self.position[: tokens.shape[1]]
+        x = self.token(self.rows(tokens)) + self.position[: tokens.shape[1]]
         for i, (attn, ff) in enumerate(zip(self.attns, self.ffs)):
             x = x + attn(x, mask=mask, norm=self.norms[2 * i])
             x = x + ff(x, self.norms[2 * i + 1])

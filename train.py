@@ -39,14 +39,17 @@ from lib.autoencoder import measure_latents, vae_psnr
 from lib.checkpoints import append, check_equal, check_same_config, lock_run, states, write_config
 from lib.distributed import gather, on_all_ranks, setup
 from lib.files import UserError, cache_path, file_hash, first_line, rows, run_cli
-from lib.media import to_tensor
+from lib.media import contact_sheet, to_tensor
 from lib.options import check_least, check_shares, check_words, flag, parse_fields
+from lib.sources import read_caption
 from lib.towers import load_tower, name_tower
 from lib.weights import save_model
 from model import RDTF, VAE, load_rdtf, load_vae, preset
+from sample import Sampler
 
 COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
-MAY_CHANGE = {"workers", "log_every", "save_every", "out", "accumulate", "checkpointing", "zero", "compile",
+MAY_CHANGE = {"workers", "log_every", "save_every", "sample_every", "prompts", "out", "accumulate", "checkpointing",
+              "zero", "compile",
               "ema_device", "precision",  # when a run goes on; and these, whose hashes must be the same:
               "data", "vae", "base", "clip_weights", "clip_model"}
 
@@ -54,7 +57,7 @@ MAY_CHANGE = {"workers", "log_every", "save_every", "out", "accumulate", "checkp
 @dataclass
 class TrainConfig:
     stage: str = "dfgn"                   # vae, or dfgn (which needs a trained vae)
-    data: str = "data/fluent"             # prepared set (python data.py)
+    data: list = field(default_factory=lambda: ["data/fluent"])  # prepared sets (python data.py), trained on together
     groups: list = field(default_factory=list)  # emoji groups to train on; none named: all
     out: str = ""                         # run folder; default runs/<stage>
     preset: str = "mini"                  # tiny, mini, paper
@@ -83,7 +86,7 @@ class TrainConfig:
     curriculum: str = "adaptive"          # none, linear, adaptive
     how: str = "mixed"                    # frames of a clip: kmeans (paper), even, mixed (a coin decides)
     frames: str = "step"                  # k of 3..T frames is drawn per step, or per sample (paper); full: always T
-    still_share: float = 0.5              # share of the steps that train on single frames
+    still_share: list = field(default_factory=lambda: [0.95, 0.5])  # steps on single frames: share, or first and last
     word_dropout: float = 0.2             # a word of a caption becomes "#"
     keywords: float = 0.5                 # keywords are appended to a caption
     text_drop: float = 0.10               # the text alone is dropped
@@ -92,6 +95,8 @@ class TrainConfig:
     workers: int = 0                      # data loading processes; changes nothing but the speed
     log_every: int = 20                   # steps
     save_every: int = 500                 # steps
+    sample_every: int = 0                 # dfgn: steps between contact sheets of --prompts; 0: none
+    prompts: str = ""                     # dfgn: file of captions to draw on them, one a line
 
 
 # ---- VAE stage
@@ -102,12 +107,12 @@ class VAEStage:
     def __init__(self, config, rank, world, device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.preset = preset(config.preset, config.set)
-        self.stickers = data.StickerSet(config.data, "train", config.groups or None)
+        self.stickers, where = data.StickerSet(config.data, "train", config.groups or None), " ".join(config.data)
         if self.stickers.size != self.preset.vae.size:
-            raise UserError(f"--data {config.data}: {self.stickers.size} px, "
+            raise UserError(f"--data {where}: {self.stickers.size} px, "
                             f"preset {config.preset} wants {self.preset.vae.size}")
         if not len(self.stickers):
-            raise UserError(f"--data {config.data}: no sticker (of --groups, if named) is in its train split; splits "
+            raise UserError(f"--data {where}: no sticker (of --groups, if named) is in its train split; splits "
                             "are drawn by concept, so prepare more captions")
         self.inputs = dict(data=self.stickers.meta["hash"])  # a resumed run must have the same
 
@@ -125,7 +130,7 @@ class VAEStage:
         """Yield (step, arguments of VAE.forward, tags (b, 3)): no task, no timestep, number of the sticker."""
         c, v = self.config, self.preset.vae
         for step, keys in enumerate(data.StepSampler(c.batch, start, c.steps, self.rank, self.world), start):
-            share = [n for _, n, _ in keys]
+            share = [n for _, n, *_ in keys]
             images, background, index = zip(*(draw_image(self.stickers, c.seed, step, n) for n in share))
             shape = (v.latent_channels, v.side, v.side)
             noise = [rng_for(c.seed, step, n, 2).standard_normal(shape, np.float32) for n in share]
@@ -166,7 +171,7 @@ class DFGNStage(VAEStage):
     def __init__(self, config, rank, world, device):
         super().__init__(config, rank, world, device)
         self.curriculum = Curriculum(config.curriculum, config.steps, tasks=config.tasks)
-        self.tower = self.texts = None
+        self.tower = self.texts = self.base = None
         if (self.preset.text.kind == "open_clip") != bool(config.clip_weights):
             raise UserError(f"--clip-weights {config.clip_weights}: a local file where text.kind is open_clip, nothing "
                             f"elsewhere; with these options it is {self.preset.text.kind}")
@@ -179,13 +184,18 @@ class DFGNStage(VAEStage):
         self.inputs["vae"] = file_hash(config.vae)
         if config.base:
             self.inputs["base"], self.base = file_hash(config.base), load_base(config.base, self.preset, self.inputs)
+        elif not self.tower:
+            self.vocabulary = data.vocabulary(self.stickers.records)
+            self.preset.text.vocab = len(self.vocabulary)
+        self.prompts = read_prompts(config.prompts) if config.sample_every else []
 
     def prepare(self):
         """Encode all frames, and all texts of a frozen tower, unless an earlier run did; map them on all ranks."""
         on_all_ranks(lambda: self.rank == 0 and self.cache(), self.world)
-        if not data.latents_path(self.stickers, self.inputs["vae"]).is_file():
-            raise UserError(f"--data {self.config.data}: rank {self.rank} does not see the latents that rank 0 wrote; "
-                            "all nodes must share this folder")
+        for folder in self.config.data:
+            if not data.latents_path(data.StickerSet(folder), self.inputs["vae"]).is_file():
+                raise UserError(f"--data {folder}: rank {self.rank} does not see the latents that rank 0 wrote; "
+                                "all nodes must share this folder")
         self.cache()
 
     def cache(self):
@@ -198,8 +208,10 @@ class DFGNStage(VAEStage):
 
     def network(self, fresh):
         net = RDTF(self.preset)
-        if fresh and self.config.base:
+        if fresh and self.base:
             net.load_state_dict(self.base)
+        elif net.text:
+            net.text.vocabulary.copy_(torch.tensor(self.vocabulary))
         self.base = None                      # as large as the network
         net.dfgn.checkpointing = self.config.checkpointing
         return net.to(self.device)
@@ -244,14 +256,14 @@ STAGES = {"vae": VAEStage, "dfgn": DFGNStage}
 @torch.no_grad()
 def text_features(c, texts, inputs, width, device, batch=64):
     """Features (n, 77, width) float16 of all texts, cached beside the set; the name holds all that they depend on."""
-    path = cache_path(c.data, "text", [inputs["clip_weights"], inputs["data"], sorted(c.groups), c.text_variants,
+    path = cache_path(c.data[0], "text", [inputs["clip_weights"], inputs["data"], sorted(c.groups), c.text_variants,
                                        c.seed, c.word_dropout, c.keywords])
-    need, free = len(texts) * 77 * width * 2, shutil.disk_usage(c.data).free
+    need, free = len(texts) * 77 * width * 2, shutil.disk_usage(c.data[0]).free
     part = Path(f"{path}.part")
     free += part.stat().st_size if part.is_file() else 0     # of an interrupted run
     if not path.is_file() and need > free:
         raise UserError(f"--text-variants {c.text_variants}: features of {len(texts)} texts are {need / 1e9:.1f} GB, "
-                        f"{free / 1e9:.1f} GB are free in {c.data}; fewer variants need less")
+                        f"{free / 1e9:.1f} GB are free in {c.data[0]}; fewer variants need less")
 
     tower = functools.cache(lambda: load_tower(c.clip_weights, c.clip_model).to(device))  # if anything is missing
 
@@ -264,11 +276,21 @@ def text_features(c, texts, inputs, width, device, batch=64):
 def load_base(path, config, inputs):
     """Weights of another run to start from; it must be of the same configuration, VAE and text tower."""
     base, meta = load_rdtf(path)
+    if base.text:
+        config.text.vocab = base.config.text.vocab   # its vocabulary goes on
     for part in ("text", "dfgn", "diffusion"):
         check_equal(f"--base {path}", getattr(base.config, part), getattr(config, part))
     if (meta["vae"], meta.get("text", {}).get("hash")) != (inputs["vae"], inputs.get("clip_weights")):
         raise UserError(f"--base {path}: trained with another VAE or text tower than --vae or --clip-weights")
     return base.state_dict()
+
+
+def read_prompts(path):
+    """The captions of a file, one a line."""
+    prompts = [line.strip() for line in read_caption(Path(path)).splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {path}: no captions in it; write one a line")
+    return prompts
 
 
 def draw_condition(c, p, step, n, real, T, timesteps):
@@ -285,7 +307,8 @@ def draw_condition(c, p, step, n, real, T, timesteps):
 def step_frames(c, step, T):
     """(frames of a clip in this step, clips a batch slot stands for): T and 1, fewer frames, or T stills for a clip."""
     rng = rng_for(c.seed, step, 0, 3)
-    if rng.random() < c.still_share:
+    first, last = c.still_share[0], c.still_share[-1]
+    if rng.random() < first + (last - first) * step / c.steps:
         return 1, T
     return (int(rng.integers(3, T + 1)) if c.frames == "step" else T), 1
 
@@ -371,6 +394,13 @@ class Trainer:
         on_all_ranks(lambda: self.rank == 0 and self.write(), self.world)
         self.window.saving += time.perf_counter() - began
 
+    def draw(self):
+        """A contact sheet of the prompts by the averaged weights, as saved; the noise is the same each time."""
+        sampler = Sampler(self.run / "model.safetensors", self.config.vae, self.device, self.config.clip_weights)
+        prompts = self.stage.prompts
+        clips = sampler.sample(prompts, [(self.config.seed, k) for k in range(len(prompts))])
+        contact_sheet(clips, self.run / f"samples-{self.step:06}.png", labels=prompts)
+
     def write(self):
         append(self.run / "log.jsonl", durably=True)  # the checkpoint says that its lines are there
         weights, extra = self.stage.finish(self.parts["ema"].weights)
@@ -422,8 +452,11 @@ def train(config, stack):
             line = trainer.log()
             bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['clips_per_s']} clips/s")
         stopping = 0 if done else int(table[:, 4].max())
-        if done or trainer.step % config.save_every == 0 or stopping:
+        draw = config.sample_every and (done or trainer.step % config.sample_every == 0)
+        if done or trainer.step % config.save_every == 0 or stopping or draw:
             trainer.save()
+        if draw:
+            on_all_ranks(lambda: rank == 0 and trainer.draw(), world)
         if stopping:
             if rank == 0:
                 print(f"{run}: stopped by {signal.Signals(stopping).name} after step {trainer.step}, which is saved; "
@@ -437,9 +470,16 @@ def check_options(c):
     check_words(c, stage=STAGES, lr_schedule=("cosine", "constant"), how=("kmeans", "even", "mixed"),
                 frames=("step", "sample", "full"), ema_device=("same", "cpu"), precision=("auto", "bf16", "float32"),
                 curriculum=MODES, tasks=TASKS)
+    if not c.data:
+        raise UserError("--data: name a prepared set, or several")
+    if len(c.still_share) not in (1, 2):
+        raise UserError("--still-share: give one share, or the first and the last")
     check_shares(c, "still_share", "word_dropout", "keywords", "text_drop", "cond_drop", "both_drop")
-    check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, seed=0, workers=0)
-    for name in ("checkpointing", "clip_weights", "base"):
+    check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, seed=0, workers=0,
+                sample_every=0)
+    if bool(c.sample_every) != bool(c.prompts):
+        raise UserError("--sample-every and --prompts: give both, steps and a file of captions, or neither")
+    for name in ("checkpointing", "clip_weights", "base", "prompts"):
         if getattr(c, name) and c.stage == "vae":
             raise UserError(f"{flag(name)}: for the dfgn stage alone; leave it out")
 

@@ -65,6 +65,11 @@ def read_config(run):
                         "here; put it back, or name another --out") from None
 
 
+def shown(value):
+    """An option's value as it is written on a command line."""
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
 def check_same_config(run, config, may_change, defaults):
     """Refuse to go on with another training; how, where and from which copy it runs may change.
 
@@ -74,10 +79,10 @@ def check_same_config(run, config, may_change, defaults):
     started, inputs, model = {**defaults, **old["train"]}, old["inputs"], flat(old["model"])
     for name, value in dict(config["train"], precision=old["precision"]).items():
         if started[name] != value and name not in may_change:
-            raise UserError(f"{flag(name)} {value}: {run} was started with {started[name]}; go on with that, "
-                            f"or {other}")
+            raise UserError(f"{flag(name)} {shown(value)}: {run} was started with {shown(started[name])}; go on with "
+                            f"that, or {other}")
         if started[name] != value and name not in ("out", "precision"):
-            changed.append(f"{flag(name)} {value} instead of {started[name]}")
+            changed.append(f"{flag(name)} {shown(value)} instead of {shown(started[name])}")
     if config["precision"] not in ("auto", old["precision"]):
         raise UserError(f"--precision {config['precision']}: {run} was started in {old['precision']}; "
                         f"go on with that, or {other}")
@@ -87,7 +92,7 @@ def check_same_config(run, config, may_change, defaults):
     for name in {**inputs, **config["inputs"]}:
         was, now = inputs.get(name, "none"), config["inputs"].get(name, "none")
         if was != now:
-            raise UserError(f"{flag(name)} {config['train'].get(name)}: not what {run} was started with "
+            raise UserError(f"{flag(name)} {shown(config['train'].get(name))}: not what {run} was started with "
                             f"(hash {str(now)[:12]}, was {str(was)[:12]}); {other}")
     if old["world"] != config["world"]:
         changed.append(f"{config['world']} processes instead of {old['world']}")

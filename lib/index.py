@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.files import UserError, parse_line, read_json
+from lib.files import UserError, json_hash, parse_line, read_json
 
 VERSION = 3                                      # of the format: raise it when the files of a set change
 SPLITS = ("train", "val", "test")
@@ -57,7 +57,7 @@ class Index(Sequence):
 
     columns: COLUMNS of each; first: number of its first frame; frames: Frames; meta. UserError: missing or corrupt."""
     def __init__(self, folder):
-        self.path, self.meta = Path(folder) / "index.jsonl", read_meta(folder)
+        self.folder, self.path, self.meta = Path(folder), Path(folder) / "index.jsonl", read_meta(folder)
         try:
             self.frames = Frames(folder, self.meta["shards"], self.meta["size"])
             self.columns = np.lib.format.open_memmap(Path(folder) / "index.npy", "r")
@@ -93,9 +93,59 @@ class Index(Sequence):
     def __getitem__(self, i):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        row = int(self.rows[i])
+        return self.read(int(self.rows[i]))
+
+    def read(self, row):
         start, end = int(self.columns["end"][row - 1]) if row else 0, int(self.columns["end"][row])
         record = parse_line(self.path, row + 1, self.text[start:end].tobytes())
         if (record.get("first"), record.get("n")) != (self.first[row], self.columns["n"][row]):
             raise UserError(f"{self.path}, line {row + 1}: does not fit index.npy; prepare the set again")
         return record
+
+
+class Chain:
+    """Arrays, one behind the other: a number, or a list or array of numbers, reads rows."""
+    def __init__(self, parts):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, numbers):
+        if np.ndim(numbers):
+            return np.stack([self[i] for i in numbers])
+        part = int(self.ends.searchsorted(numbers, "right"))
+        return self.parts[part][numbers - self.ends[part]]                   # negative: counted from the part's end
+
+
+class JoinedIndex(Index):
+    """The indexes of several sets as one: concepts and groups of one name are one, `first` counts on through all.
+
+    UserError: missing or corrupt, or of different sizes."""
+    def __init__(self, folders):
+        self.parts = [Index(folder) for folder in folders]
+        self.folder, self.path = Path(folders[0]), ", ".join(str(part.path) for part in self.parts)
+        sizes, self.ends = [part.meta["size"] for part in self.parts], np.cumsum([len(part) for part in self.parts])
+        if len(set(sizes)) > 1:
+            raise UserError(f"--data {' '.join(map(str, folders))}: of {', '.join(map(str, sizes))} px; prepare them "
+                            "with one --size")
+        self.frames, self.rows = Chain([part.frames for part in self.parts]), np.arange(self.ends[-1])
+        groups = list(dict.fromkeys(name for part in self.parts for name in part.meta["groups"]))
+        names = [self.names(part) for part in self.parts]
+        numbers = {name: i for i, name in enumerate(sorted(set().union(*names)))}
+        self.columns = np.concatenate([part.columns for part in self.parts])
+        for part, named, columns in zip(self.parts, names, np.split(self.columns, self.ends[:-1])):
+            columns["group"] = np.array([groups.index(name) for name in part.meta["groups"]])[columns["group"]]
+            columns["concept"] = np.array([numbers[name] for name in named])[columns["concept"]]
+        self.meta = dict(size=sizes[0], frames=len(self.frames), groups=groups,
+                         hash=json_hash([part.meta["hash"] for part in self.parts]))
+
+    @staticmethod
+    def names(part):
+        """Names of an index's concepts, in the order of their numbers."""
+        return [part[int(row)]["concept"] for row in np.unique(part.columns["concept"], return_index=True)[1]]
+
+    def read(self, row):
+        part = int(self.ends.searchsorted(row, "right"))
+        record = self.parts[part][row - (self.ends[part] - len(self.parts[part]))]
+        return dict(record, first=record["first"] + int(self.frames.ends[part]) - len(self.parts[part].frames))

@@ -19,7 +19,9 @@ def parse_fields(cls, doc, argv=None):
     helps = {line.split(":")[0].strip(): line.split("# ", 1)[1] for line in lines if "# " in line}
     for f in fields(cls):
         default = f.default_factory() if f.default is MISSING else f.default
-        kind = dict(nargs="*") if isinstance(default, list) else dict(type=type(default))
+        kind = dict(type=type(default))
+        if isinstance(default, list):
+            kind = dict(nargs="*", type=type(default[0]) if default else str)
         if isinstance(default, bool):
             kind = dict(action=argparse.BooleanOptionalAction)
         help_text = f"{helps.get(f.name, '')} (default: {default})".replace("%", "%%")
@@ -45,10 +47,12 @@ def check_least(options, **least):
 
 
 def check_shares(options, *names):
-    """UserError for a share that is not in 0..1."""
+    """UserError for a share, or one of a list, that is not in 0..1."""
     for name in names:
-        if not 0 <= getattr(options, name) <= 1:
-            raise UserError(f"{flag(name)} {getattr(options, name)}: a share is 0 to 1")
+        value = getattr(options, name)
+        for share in value if isinstance(value, list) else [value]:
+            if not 0 <= share <= 1:
+                raise UserError(f"{flag(name)} {share}: a share is 0 to 1")
 
 
 def check_value(name, value, default):

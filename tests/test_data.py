@@ -135,9 +135,9 @@ def test_sticker_texts(synthetic):
     assert [texts[1 + 3 * i] for i in range(48)] == [r["caption"] for r in stickers.records]
     assert texts[2 + 3 * 5] == data.text_for(stickers.records[5], data.rng_for(7, 5, 1, 5), 0.5, 0.5)
     dataset = clips(synthetic, split=None, texts=texts)
-    items = [dataset[0, n, 8] for n in range(40)]
+    items = [dataset[0, n, 8, 0] for n in range(40)]
     assert all(texts[it["text_row"]] == it["text"] and (it["text_row"] - 1) // 3 == it["index"] for it in items)
-    assert len({(it["text_row"] - 1) % 3 for it in items}) == 3 and clips(synthetic)[0, 0, 8]["text_row"] == -1
+    assert len({(it["text_row"] - 1) % 3 for it in items}) == 3 and clips(synthetic)[0, 0, 8, 0]["text_row"] == -1
 
 
 # ---- sets and latents
@@ -187,7 +187,7 @@ def test_latents_are_encoded_once_and_go_on_behind_whole_rows(synthetic):
 def test_items(synthetic):
     dataset = clips(synthetic)
     mean, logvar = synthetic[1].astype(np.float32).swapaxes(0, 1)
-    items = [dataset[0, n, 8] for n in range(60)]
+    items = [dataset[0, n, 8, 0] for n in range(60)]
     for item in items:
         record, z, n = dataset.set.records[item["index"]], item["z"].numpy(), item["n"]
         assert z.shape == (8, 4, 4, 4) and z.dtype == np.float32 and not z[n:].any()
@@ -197,7 +197,7 @@ def test_items(synthetic):
         assert near.all((2, 3, 4)).any(1).all()                       # every latent is of this sticker
     assert {item["n"] for item in items} >= {1, 3, 8}
     still = next(i for i, n in enumerate(dataset.set.lengths) if n == 1)
-    z = [it["z"][0].numpy() for it in (dataset[s, 1, 8] for s in range(1600)) if it["index"] == still]
+    z = [it["z"][0].numpy() for it in (dataset[s, 1, 8, s] for s in range(1600)) if it["index"] == still]
     place = dataset.set.records[still]["first"]                       # the noise has the posterior's spread
     assert np.mean(((z - mean[place]) / np.exp(logvar[place] / 2)) ** 2) == pytest.approx(1, abs=0.12)
 
@@ -205,10 +205,10 @@ def test_items(synthetic):
 def test_steps_of_whole_clips_and_of_single_frames(synthetic):
     dataset = clips(synthetic, k="step")
     for s, n in np.ndindex(8, 4):
-        whole, single = dataset[s, n, 5], dataset[s, n, 1]
+        whole, single = dataset[s, n, 5, s], dataset[s, n, 1, s]
         assert whole["n"] == min(5, dataset.set.lengths[whole["index"]]) >= 3 and len(whole["z"]) == 5
         assert single["n"] == len(single["z"]) == 1
-    assert {dataset.set.lengths[dataset[s, 0, 1]["index"]] == 1 for s in range(20)} == {True, False}
+    assert {dataset.set.lengths[dataset[s, 0, 1, s]["index"]] == 1 for s in range(20)} == {True, False}
     stickers = data.StickerSet(synthetic[0])
     stickers.lengths = np.ones_like(stickers.lengths)
     for latents, reason in ((synthetic[1][1:], "latents"), (synthetic[1], "3 frames or more; --frames sample")):
@@ -222,11 +222,58 @@ def same(a, b):
 
 def test_draws_are_a_function_of_seed_step_and_n_and_an_epoch_visits_every_concept_once(synthetic):
     a, b, other = clips(synthetic), clips(synthetic), clips(synthetic, seed=4)
-    keys = [(s, n, 8) for s in range(6) for n in range(4)]
+    keys = [(s, n, 8, s) for s in range(6) for n in range(4)]
     backwards = {key: b[key] for key in reversed(keys)}
     assert all(same(a[key], backwards[key]) for key in keys) and not all(same(a[key], other[key]) for key in keys)
     order = np.reshape([a.variants(g // 4, g % 4, 8)[0] for g in range(3 * len(a))], (3, -1))
     assert all(len(set(epoch)) == len(a) for epoch in order) and (order[0] != order[1]).any()
+
+
+def test_an_epoch_is_whole_where_clips_and_stills_take_turns(synthetic):
+    """Every concept comes once an epoch of each kind, however the kinds are mixed."""
+    dataset, rng = clips(synthetic, k="step", batch=2, T=4), np.random.default_rng(0)
+    kinds, seen = rng.random(200) < 0.7, {1: [], 4: []}
+    for keys in data.StepSampler(2, 0, 200, plan=lambda step: (1, 4) if kinds[step] else (4, 1)):
+        for _, n, T, turn in keys:
+            seen[T].append(int(dataset.variants(turn, n, T)[0]))
+    for T, pool in ((1, dataset.everything), (4, dataset.animated)):
+        assert len(seen[T]) > 2 * len(pool)
+        for epoch in (seen[T][:len(pool)], seen[T][len(pool):2 * len(pool)]):
+            assert sorted(epoch) == sorted(int(ids[0]) for ids in pool)
+
+
+def test_several_sets_are_one(synthetic, tmp_path):
+    more = tmp_path / "more"
+    data.main(["synthetic", "--n", "70", "--size", "16", "--out", str(more), "--workers", "1"])
+    first, second = data.StickerSet(synthetic[0]), data.StickerSet(more)
+    both = data.StickerSet([synthetic[0], more])
+    assert len(both) == 118 and both.concepts == sorted({*first.concepts, *second.concepts})
+    for i in (0, 47, 48, 117):
+        part, k = (first, i) if i < 48 else (second, i - 48)
+        assert dict(both.records[i], first=0) == dict(part.records[k], first=0)
+        assert both.concepts[both.concept[i]] == part.concepts[part.concept[k]]
+        assert np.array_equal(both.clip(both.records[i], [0]), part.clip(part.records[k], [0]))
+    stars = data.StickerSet([synthetic[0], more], "train", ["star"])
+    assert len(stars) == sum(len(data.StickerSet(s, "train", ["star"])) for s in (synthetic[0], more)) > 0
+    assert {r["group"] for r in stars.records} == {"star"} and set(stars.split) == {"train"}
+    assert both.meta["frames"] == len(both.frames) == len(first.frames) + len(second.frames)
+    assert len({s.meta["hash"] for s in (first, second, both, data.StickerSet([more, synthetic[0]]))}) == 4
+    latents = data.Chain([synthetic[1], np.zeros((len(second.frames), 2, 4, 4, 4), np.float16)])
+    items = [data.ClipDataset(both, latents, 0, 4)[0, n, 8, 0] for n in range(60)]
+    assert all(bool((it["z"] ** 2).sum((1, 2, 3))[0] > 40) == (it["index"] < 48) or it["index"] >= 48 for it in items)
+    assert {it["index"] >= 48 for it in items} == {True, False}
+    assert len(pickle.loads(pickle.dumps(stars))) == len(stars)
+    data.main(["synthetic", "--n", "4", "--size", "8", "--out", str(tmp_path / "small"), "--workers", "1"])
+    with pytest.raises(UserError, match="of 16, 8 px; prepare them with one --size"):
+        data.StickerSet([synthetic[0], tmp_path / "small"])
+
+
+def test_the_vocabulary_is_that_of_captions_and_keywords(synthetic):
+    records = [dict(caption="a red cat", keywords=["pet"]), dict(caption="cat", keywords=[])]
+    known = data.vocabulary(records)
+    assert known == sorted(set(known)) and {0, 258, 49406, 49407} < set(known)
+    want = set(data.tokenize(["a red cat, pet"])[0].tolist()) | {258}
+    assert set(known) == want and not set(data.tokenize(["dog"])[0].tolist()) <= want
 
 
 def test_variants_of_a_concept_take_turns(synthetic):
@@ -234,17 +281,18 @@ def test_variants_of_a_concept_take_turns(synthetic):
     stickers.concept[stickers.lengths > 1] = stickers.concept.max() + 1
     stickers.members = data.Members(stickers.concept)
     dataset = data.ClipDataset(stickers, synthetic[1], 0, 1)
-    drawn = (dataset[s, 0, 8]["index"] for s in range(30 * len(stickers.members)))
+    drawn = (dataset[s, 0, 8, s]["index"] for s in range(30 * len(stickers.members)))
     twins = [i for i in drawn if stickers.lengths[i] > 1]
     assert len(twins) == 30 and len(set(twins)) > 12                  # once an epoch, not the same one
 
 
 def test_neither_ranks_nor_workers_change_a_draw(synthetic):
-    plan = lambda step: (1, 8) if step % 2 else (8, 1)                # every second step: single frames, 8 for a clip
+    plan = lambda step: (1, 8) if step % 3 else (8, 1)                # every third step: clips; else 8 stills for each
     ranks = [list(data.StepSampler(4, 2, 7, rank, 2, plan)) for rank in range(2)]
     whole = list(data.StepSampler(4, 2, 7, plan=plan))
-    assert [a + b for a, b in zip(*ranks)] == whole and whole[0] == [(2, n, 8) for n in range(4)]
-    assert len(whole) == 5 and whole[1] == [(3, n, 1) for n in range(32)]
+    assert [a + b for a, b in zip(*ranks)] == whole and whole[0] == [(2, n, 1, 1) for n in range(32)]
+    assert len(whole) == 5 and whole[1] == [(3, n, 8, 1) for n in range(4)]      # behind one step of clips
+    assert whole[2] == [(4, n, 1, 2) for n in range(32)]                         # behind two of stills
     with pytest.raises(UserError, match="batch 3"):
         data.StepSampler(3, world=2)
     loaders = [DataLoader(clips(synthetic), batch_sampler=whole, num_workers=w, collate_fn=list) for w in (0, 2)]

@@ -17,9 +17,9 @@ import data
 import train
 from data import TASKS
 from lib import loop
-from lib.checkpoints import check_same_config, flat, read_config
+from lib.checkpoints import check_same_config, flat, read_config, shown
 from lib.files import UserError, file_hash
-from lib.media import to_tensor
+from lib.media import to_tensor, write_animation
 from lib.towers import load_tower
 from model import PRESETS, RDTF, Config, load_rdtf, load_vae, preset
 from train import TrainConfig
@@ -60,7 +60,10 @@ def assert_same(a, b):
 def test_a_run_folder(tiny_dfgn, tiny_vae):
     assert {p.name for p in tiny_dfgn.iterdir()} == RUN_FILES
     config, state = read_config(tiny_dfgn), state_of(tiny_dfgn)
-    assert config["train"]["steps"] == 7 and Config.from_dict(config["model"]) == PRESETS["tiny"]
+    words = data.vocabulary(data.StickerSet(config["train"]["data"], "train").records)
+    known = replace(PRESETS["tiny"], text=replace(PRESETS["tiny"].text, vocab=len(words)))
+    assert config["train"]["steps"] == 7 and Config.from_dict(config["model"]) == known
+    assert state["net"]["text.vocabulary"].tolist() == words
     assert state["step"] == 7 and state_of(tiny_dfgn, "state.prev.pt")["step"] == 4
     net, meta = load_rdtf(tiny_dfgn / "model.safetensors")
     assert_same(dict(net.state_dict()), state["ema"])
@@ -98,11 +101,13 @@ def test_a_finished_run_stays_as_it_is(tiny_dfgn, dfgn_argv, capsys):
     assert "nothing to do" in capsys.readouterr().out and files() == before
 
 
-def test_averaged_weights_after_one_step(dfgn_argv, tmp_path):
+def test_averaged_weights_after_one_step(dfgn_argv, stickers16, tmp_path):
     torch.manual_seed(0)                                              # of the initial weights, as --seed 0 says
-    start = RDTF(PRESETS["tiny"]).state_dict()
+    words = len(data.vocabulary(data.StickerSet(stickers16, "train").records))
+    start = RDTF(preset("tiny", [f"text.vocab={words}"])).state_dict()
     run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", warmup=0))
     state = state_of(tmp_path / "run")
+    del state["net"]["text.vocabulary"]
     for name, w in state["net"].items():
         assert torch.allclose(state["ema"][name], 0.1 * start[name] + 0.9 * w, atol=1e-6), name  # decay (1+0) / (10+0)
     assert max((w - start[name]).abs().max() for name, w in state["net"].items()) > 1e-5
@@ -175,10 +180,13 @@ def test_tasks_are_drawn_by_their_probabilities():
 
 
 def test_frames_of_a_step_and_learning_rate():
-    plans = [train.step_frames(TrainConfig(), s, 8) for s in range(2000)]
-    assert np.mean([plan == (1, 8) for plan in plans]) == pytest.approx(TrainConfig().still_share, abs=0.03)
+    plans = [train.step_frames(TrainConfig(steps=4000, still_share=[0.9, 0.3]), s, 8) for s in range(4000)]
+    stills = np.array([plan == (1, 8) for plan in plans])
+    assert [part.mean() for part in np.split(stills, 4)] == pytest.approx([0.825, 0.675, 0.525, 0.375], abs=0.04)
     assert set(plans) == {(1, 8)} | {(k, 1) for k in range(3, 9)}
-    whole = TrainConfig(frames="full", still_share=0)
+    assert np.mean([train.step_frames(TrainConfig(still_share=[0.3]), s, 8) == (1, 8)
+                    for s in range(2000)]) == pytest.approx(0.3, abs=0.03)
+    whole = TrainConfig(frames="full", still_share=[0])
     assert {train.step_frames(whole, s, 8) for s in range(50)} == {(8, 1)}
     cosine, constant = (TrainConfig(steps=100, warmup=10, lr=2.0, lr_schedule=s) for s in ("cosine", "constant"))
     assert [train.learning_rate(constant, s) for s in (0, 4, 9, 50, 99)] == pytest.approx([0.2, 1, 2, 2, 2])
@@ -215,6 +223,28 @@ def test_a_towers_features_are_cached_and_read_by_row(tower_dfgn, stickers16, cl
         stage.cache()
 
 
+def test_two_sets_sheets_on_the_way_and_words_that_were_not_trained(dfgn_argv, stickers16, tmp_path):
+    more, run, prompts = tmp_path / "more", tmp_path / "run", tmp_path / "prompts.txt"
+    frames = np.full((4, 16, 16, 4), 255, np.uint8)
+    (tmp_path / "in").mkdir()
+    for name in ("purple aardvark", "sleepy aardvark", "green aardvark"):
+        write_animation(tmp_path / "in" / f"{name}.gif", frames, [80] * 4)
+    data.main(["folder", str(tmp_path / "in"), "--size", "16", "--out", str(more), "--workers", "1"])
+    prompts.write_text("a red star\n\npurple aardvark\n")
+    argv = [*dfgn_argv, "--data", stickers16, more, "--still-share", "1", "0"]
+    run_train(*options(argv, steps=6, out=run, sample_every=4, prompts=prompts, save_every=100))
+    sheets = sorted(run.glob("samples-*.png"))
+    assert [path.name for path in sheets] == ["samples-000004.png", "samples-000006.png"]
+    assert sheets[0].read_bytes() != sheets[1].read_bytes()
+    stage = stage_of(run)
+    seen = {stage.stickers.records[i]["file"] for step in stage.batches(0) for i in step[2][:, 2].tolist()}
+    assert any(file.endswith(".gif") for file in seen) and any(file.startswith("synthetic") for file in seen)
+    net, _ = load_rdtf(run / "model.safetensors")
+    with torch.no_grad():
+        known, word, hashes = (net.text(data.tokenize([f"{w} star"]))[0] for w in ("red", "zebra", "#"))
+    assert torch.equal(word, hashes) and not torch.allclose(known, word)
+
+
 def test_a_run_starts_from_anothers_weights(dfgn_argv, tiny_dfgn, tmp_path):
     base, run = tiny_dfgn / "model.safetensors", tmp_path / "run"
     run_train(*options(dfgn_argv, steps=1, lr=1e-12, warmup=0, weight_decay=0, base=base, out=run))
@@ -228,6 +258,7 @@ def test_a_run_starts_from_anothers_weights(dfgn_argv, tiny_dfgn, tmp_path):
 # ---- going on with other options, what is refused (more is in test_bad_input.py)
 
 MAY_CHANGE = {"workers", "log_every", "save_every", "accumulate", "checkpointing", "zero", "compile", "ema_device",
+              "sample_every", "prompts",
               "data", "vae", "base", "clip_weights", "clip_model"}     # of the last five the hashes must be the same
 
 
@@ -240,7 +271,7 @@ def test_every_option_may_change_or_may_not(tiny_dfgn):
         return check_same_config(tiny_dfgn, now, train.MAY_CHANGE, asdict(TrainConfig()))
     assert check(out="another") == (config["precision"], [])
     for name in config["train"].keys() - {"out", "precision"}:
-        before, option = config["train"][name], "--" + name.replace("_", "-")
+        before, option = shown(config["train"][name]), "--" + name.replace("_", "-")
         if name in MAY_CHANGE:
             assert check(**{name: "another"})[1] == [f"{option} another instead of {before}"]
         else:
