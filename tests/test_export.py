@@ -1,0 +1,33 @@
+"""tools/export.py: half the bytes, nearly the same weights, read by everything that reads a model."""
+import numpy as np
+import pytest
+import torch
+
+from lib.files import UserError, file_hash
+from model import load_rdtf, load_vae
+from sample import Sampler
+from tools import export
+
+
+def test_an_exported_model_samples_like_the_run(tiny_dfgn, tiny_vae, tmp_path):
+    for run, name in ((tiny_dfgn, "net"), (tiny_vae, "vae")):
+        export.main([str(run / "model.safetensors"), str(tmp_path / f"shared/{name}.safetensors")])
+        whole, half = run / "model.safetensors", tmp_path / f"shared/{name}.safetensors"
+        assert half.stat().st_size < 0.75 * whole.stat().st_size
+    (a, meta), (b, same) = load_rdtf(tiny_dfgn / "model.safetensors"), load_rdtf(tmp_path / "shared/net.safetensors")
+    assert meta == same and meta["vae"] == file_hash(tiny_vae / "model.safetensors")
+    for (key, w), v in zip(a.state_dict().items(), b.state_dict().values()):
+        assert w.dtype == v.dtype and torch.allclose(w, v, rtol=2 ** -8), key
+        assert torch.equal(w, v) == (w.dim() < 2 or torch.equal(w, w.bfloat16().to(w.dtype))), key
+    a, b = (load_vae(path)[0] for path in (tiny_vae / "model.safetensors", tmp_path / "shared/vae.safetensors"))
+    assert torch.equal(a.latent_std, b.latent_std) and torch.equal(a.latent_mean, b.latent_mean)
+    made = [Sampler(path, tiny_vae / "model.safetensors").sample(["star"], [(0, 0)], steps=3).astype(int)
+            for path in (tiny_dfgn / "model.safetensors", tmp_path / "shared/net.safetensors")]
+    assert 0 < np.abs(made[0] - made[1]).max() < 40
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"x")
+    with pytest.raises(UserError, match="x.safetensors: not a model.safetensors that train.py wrote"):
+        export.main([str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors")])
+    assert not (tmp_path / "y.safetensors").exists()
