@@ -1,6 +1,7 @@
 """Stickers in, training clips out: masks, key frames, texts, prepared sets and the draws of training clips.
 
     python data.py fluent                        3,391 Fluent Emoji stickers (about 730 MB by npm) -> data/fluent
+    python data.py emoji                         9,357 stills in the styles Noto, Twemoji, Fluent  -> data/emoji
     python data.py vsd2m MANIFEST --root DIR     the VSD2M manifest as its authors publish it      -> data/vsd2m
     python data.py folder DIR                    any folder of GIF, WebP, APNG, PNG, JPEG files    -> data/folder
     python data.py synthetic                     captioned moving shapes, no network needed        -> data/synthetic
@@ -20,12 +21,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lib import sources
 from lib.files import UserError, cache_path, json_hash, numbered_lines, rows, run_cli
 from lib.index import SPLITS, Chain, Index, JoinedIndex
 from lib.media import MAX_FRAMES, even_frames, to_tensor
 from lib.options import check_least
 from lib.prepare import prepare
-from lib.sources import FLUENT, fluent_jobs, folder_jobs, survey, synthetic_job, synthetic_plans, vsd2m_job
 
 TASKS = ("t2v", "i2v", "it2v", "interpolation", "prediction_forward", "prediction_backward")
 MAX_KEYS = 8                                     # paper Table 6: k = 3..8
@@ -383,8 +384,11 @@ class StepSampler:
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = {name: commands.add_parser(name).add_argument for name in ("fluent", "vsd2m", "folder", "synthetic")}
-    add["fluent"]("--parts", type=int, nargs="+", choices=FLUENT, default=list(FLUENT), help="which packages")
+    add = {name: commands.add_parser(name).add_argument for name in ("fluent", "emoji", "vsd2m", "folder", "synthetic")}
+    parts = list(sources.FLUENT)
+    add["fluent"]("--parts", type=int, nargs="+", choices=parts, default=parts, help="which packages")
+    add["emoji"]("--hold-out", choices=("fluent", "all"), default="fluent", help="styles whose drawings of held-out "
+                 "concepts are not trained on (default: %(default)s)")
     add["vsd2m"]("manifest")
     add["vsd2m"]("--root", required=True, help="folder that visual_path is relative to")
     add["vsd2m"]("--limit", type=int, help="use the first lines alone")
@@ -406,16 +410,20 @@ def source_of(o):
     """Options -> arguments of `prepare`: the source's name, its jobs, and total and read where they are known."""
     if o.command == "fluent":
         parts = sorted(set(o.parts))
-        return f"fluent {' '.join(map(str, parts))}", lambda: fluent_jobs(parts, Path(o.out).parent / "npm"), {}
+        return (f"fluent {' '.join(map(str, parts))}", lambda: sources.fluent_jobs(parts, Path(o.out).parent / "npm"),
+                dict(licences=[sources.LICENCES["fluent"]]))
+    if o.command == "emoji":
+        return (f"emoji, held out: {o.hold_out}", lambda: sources.emoji_jobs(o.hold_out, Path(o.out).parent / "npm"),
+                dict(licences=list(sources.LICENCES.values())))
     if o.command == "synthetic":
-        return f"synthetic {o.n}", lambda: synthetic_plans(o.n), dict(total=o.n, read=synthetic_job)
+        return f"synthetic {o.n}", lambda: sources.synthetic_plans(o.n), dict(total=o.n, read=sources.synthetic_job)
     outside = ", files outside too" if o.allow_outside else ""
     if o.command == "vsd2m":
-        digest, total = survey(o.manifest, o.root, o.limit, o.allow_outside, check=True)
+        digest, total = sources.survey(o.manifest, o.root, o.limit, o.allow_outside, check=True)
         name = f"vsd2m {o.manifest} {digest[:12]}" + (f", first {o.limit} lines" if o.limit else "") + outside
-        read = functools.partial(vsd2m_job, o.manifest, o.root, o.allow_outside)
+        read = functools.partial(sources.vsd2m_job, o.manifest, o.root, o.allow_outside)
         return name, lambda: itertools.islice(numbered_lines(o.manifest), o.limit), dict(total=total, read=read)
-    jobs = list(folder_jobs(Path(o.folder), o.allow_outside))
+    jobs = list(sources.folder_jobs(Path(o.folder), o.allow_outside))
     state = [[j["file"], j["caption"], os.path.exists(j["source"]) and os.path.getmtime(j["source"])] for j in jobs]
     return f"folder {o.folder} {json_hash(state)[:12]}{outside}", lambda: jobs, dict(total=len(jobs))
 
@@ -425,6 +433,10 @@ def main(argv=None):
     source, jobs, more = source_of(o)
     import scipy.cluster.vq  # noqa: F401        here once, before workers are forked
     prepare(o.out, o.size, source, jobs, key_table, o.workers, o.most_frames, **more)
+    if o.command == "emoji":
+        counts = Counter((r["style"], r["split"]) for r in StickerSet(o.out).records)
+        for style in sorted({style for style, _ in counts}):
+            print(f"{style}: " + ", ".join(f"{counts[style, split]} {split}" for split in SPLITS))
 
 
 if __name__ == "__main__":

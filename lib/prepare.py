@@ -31,13 +31,14 @@ SHARD_JOBS, SHARD_BYTES = 256, 2 * 10**9         # at most, of a shard
 MAX_SKIPPED = 0.05
 
 
-def prepare(out, size, source, jobs, describe, workers=2, most=24, total=None, read=dict):
+def prepare(out, size, source, jobs, describe, workers=2, most=24, total=None, read=dict, licences=None):
     """Decode what `jobs()` yields, `total` of them if that is known, into the prepared set `out`.
 
     Workers call read(job) -> dict(file, source, caption, keywords, concept, group) and describe(frames) -> more of the
     index record. One worker writes a shard of consecutive jobs, so the set is the same at any number of workers. Shards
     gather in `.NAME.part` beside `out`, which is renamed at the end; a killed run goes on behind its whole shards.
-    UserError: `out` holds something else or is being written, a worker died, more than 5 % cannot be used."""
+    licences: of the stickers, for meta.json. UserError: `out` holds something else or is being written, a worker died,
+    more than 5 % cannot be used."""
     out, part = Path(out), Path(out).with_name(f".{Path(out).name}.part")
     wanted = dict(size=size, version=VERSION, source=source, most_frames=most)
     with lock(out.with_name(f".{out.name}.lock"), out):
@@ -54,7 +55,7 @@ def prepare(out, size, source, jobs, describe, workers=2, most=24, total=None, r
         except BrokenProcessPool:
             raise UserError(f"{out}: a worker died (out of memory?); the same command goes on from here") from None
         refuse_skipped(part, done)
-        write_index(part, [done[number] for number in sorted(done)], wanted)
+        write_index(part, [done[number] for number in sorted(done)], dict(wanted, licences=licences or []))
         if out.exists():
             out.rmdir()                          # it is empty
         part.rename(out)
@@ -164,7 +165,9 @@ def decode(job, size, most, room):
     else:
         frames, durations, kept = decode_frames(source, job["file"], most, size, keep, room)
     record = {name: job[name] for name in ("file", "caption", "keywords", "concept", "group")}
-    record.update(split=split_of(job["concept"]), n=len(frames), durations=durations)
+    record.update(split=job.get("split") or split_of(job["concept"]), n=len(frames), durations=durations)
+    if "style" in job:
+        record["style"] = job["style"]
     if keep:
         record["keyframe_idx"] = [i for i, frame in enumerate(kept) if frame in keep]
     return record, frames

@@ -1,8 +1,8 @@
-"""Where stickers come from: the Fluent Emoji packages, a VSD2M manifest, any folder, drawn shapes; concepts and splits.
+"""Where stickers come from: packages of emoji, a VSD2M manifest, any folder, drawn shapes; concepts and splits.
 
 Each yields jobs: dict(file, source, caption, keywords, concept, group), `source` a path, bytes, or (frames, durations);
-those of a manifest or folder also have keep (frame numbers) and root (the folder in which the file must lie, or None).
-Stickers: @lobehub/fluent-emoji-anim (MIT), labels and keywords: emojibase-data (MIT).
+those of a manifest or folder also have keep (frame numbers) and root (the folder in which the file must lie, or None),
+those of emoji stills style and split. Labels and keywords of emoji: emojibase-data (MIT).
 """
 import codecs
 import hashlib
@@ -32,6 +32,17 @@ FLUENT = {part: (f"@lobehub/fluent-emoji-anim-{part}", "1.0.0", sha256) for part
     2: "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0",
     3: "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
     4: "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3"}.items()}
+STILLS = {  # style: npm package, pictures in it; all are in the licences below
+    "noto": (("emoji-datasource-google", "16.0.0", "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
+             r"package/img/google/64/([0-9a-z-]+)\.png"),
+    "twemoji": (("emoji-datasource-twitter", "16.0.0",
+                 "f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877"),
+                r"package/img/twitter/64/([0-9a-z-]+)\.png"),
+    "fluent": (("@lobehub/fluent-emoji-3d", "1.1.0",
+                "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
+               r"package/assets/([0-9a-z_-]+)\.webp")}
+LICENCES = {"fluent": "Fluent Emoji, Microsoft: MIT", "noto": "Noto Emoji, Google: Apache-2.0",
+            "twemoji": "Twemoji, Twitter, Inc and other contributors: CC-BY-4.0"}
 
 
 # ---- concepts and splits
@@ -66,7 +77,7 @@ def plain_labels(caption):
     return dict(caption=caption, keywords=[], concept=caption.lower(), group="")
 
 
-# ---- Fluent Emoji
+# ---- emoji
 
 def npm_pack(name, version, path):
     """Write the tarball of an npm package to `path`, whole or not at all."""
@@ -116,15 +127,15 @@ def emoji_labels(path):
     return labels
 
 
-def tar_stickers(path):
-    """Yield (stem, bytes) of the regular files package/assets/STEM.webp; MAX_BYTES + 1 bytes of one that is too large.
+def tar_stickers(path, pattern=STILLS["fluent"][1]):
+    """Yield (stem, bytes) of the regular files of a pattern; MAX_BYTES + 1 bytes of one that is too large.
 
     Nothing is unpacked to the disk. UserError: the archive is broken or has a sticker twice."""
     seen = set()
     try:
         with tarfile.open(path, "r|gz") as tar:
             for member in tar:
-                match = re.fullmatch(r"package/assets/([0-9a-z_-]+)\.webp", member.name)
+                match = re.fullmatch(pattern, member.name)
                 if match and member.isreg():
                     if match[1] in seen:
                         raise UserError(f"{path}: holds {member.name} twice; remove it and fetch it again")
@@ -142,6 +153,30 @@ def fluent_jobs(parts, downloads):
     stickers = itertools.chain.from_iterable(map(tar_stickers, archives))
     return (dict(file=f"{stem}.webp", source=content, **labels.get(code_points(stem), plain_labels(stem)))
             for stem, content in stickers)
+
+
+def emoji_jobs(hold_out, downloads):
+    """Fetch the stills of all STILLS into the folder `downloads`, then return a generator of jobs.
+
+    Those that all styles have and that are no flags. The style is a word of the caption. hold_out: "all" splits every
+    style by concept; "fluent" Fluent's alone, and the others' drawings of held-out concepts are trained on."""
+    labels = emoji_labels(fetch(*EMOJIBASE, downloads))
+    archives = {style: (fetch(*package, downloads), pattern) for style, (package, pattern) in STILLS.items()}
+    common = {points for points, label in labels.items() if label["group"] != "flags"}
+    for archive in archives.values():
+        common &= {code_points(stem) for stem, _ in tar_stickers(*archive)}
+
+    def jobs():
+        for style, archive in archives.items():
+            left = set(common)                   # some of Fluent's are there twice, with and without fe0f
+            for stem, content in tar_stickers(*archive):
+                if (points := code_points(stem)) in left:
+                    left.remove(points)
+                    label, always = labels[points], hold_out == "fluent" and style != "fluent"
+                    split = "train" if always else split_of(label["concept"])
+                    yield dict(label, file=f"{style}/{stem}", source=content, style=style, split=split,
+                               caption=f"{label['caption']}, {style} style")
+    return jobs()
 
 
 # ---- a VSD2M manifest, a folder

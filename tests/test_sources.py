@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import data
 from lib import sources
 from lib.files import UserError, numbered_lines
 
@@ -50,6 +52,64 @@ def archive(path, members):
                 info.type, info.linkname = content, "/etc/passwd"
             tar.addfile(info, io.BytesIO(content))
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def picture(style):
+    """Bytes of a small PNG, in a colour of its own for each style."""
+    file = io.BytesIO()
+    Image.new("RGBA", (8, 8), dict(noto=(200, 0, 0), twemoji=(0, 200, 0), fluent=(0, 0, 200))[style]).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def stills(tmp_path, monkeypatch):
+    """Small packages of stills where `npm pack` would put them: Wales is a flag, the ghost not in all."""
+    (tmp_path / "npm").mkdir()
+    emojis = [dict(label="waving hand", hexcode="1F44B", tags=["hello"], group=1), dict(label="fire", hexcode="1F525"),
+              dict(label="ghost", hexcode="1F47B"), dict(label="heart", hexcode="2764-FE0F"),
+              dict(label="flag: Wales", hexcode="1F3F4", group=9)]
+    sha256 = archive(tmp_path / "npm/emojibase-data-17.0.0.tgz", [
+        ("package/en/data.json", json.dumps(emojis).encode()),
+        ("package/meta/groups.json", b'{"groups": {"1": "people-body", "9": "flags"}}')])
+    monkeypatch.setattr(sources, "EMOJIBASE", (*sources.EMOJIBASE[:2], sha256))
+    names = {"noto": ("google", "1f44b 1f525 2764-fe0f 1f3f4 1f47b"), "twemoji": ("twitter", "1f525 1f44b 2764 1f3f4"),
+             "fluent": (None, "1f44b 1f525 2764-fe0f 2764 1f3f4")}
+    for style, (folder, stems) in names.items():
+        (name, version, _), pattern = sources.STILLS[style]
+        where = f"img/{folder}/64/{{}}.png" if folder else "assets/{}.webp"
+        members = [("package/" + where.format(stem), picture(style)) for stem in stems.split()]
+        other = [("package/img/google/sheets/1f525.png", b"xx"), ("package/" + where.format("1f47b"), tarfile.SYMTYPE)]
+        path = tmp_path / f"npm/{name.strip('@').replace('/', '-')}-{version}.tgz"
+        monkeypatch.setitem(sources.STILLS, style, ((name, version, archive(path, [*members, *other])), pattern))
+    return tmp_path / "npm"
+
+
+def test_the_emoji_command_writes_styles_and_licences_and_counts(stills, capsys):
+    out = stills.parent / "set"
+    for _ in range(2):                                                # the second time it is there already
+        data.main(["emoji", "--size", "8", "--out", str(out), "--workers", "1"])
+        said = capsys.readouterr().out
+        assert "fluent: 2 train, 1 val, 0 test" in said and "noto: 3 train, 0 val, 0 test" in said
+    found = data.StickerSet(out)
+    assert [r["style"] for r in found.records] == ["noto"] * 3 + ["twemoji"] * 3 + ["fluent"] * 3
+    assert found.frames[0][0, 0].tolist() == [200, 0, 0, 255] and found.frames[8][0, 0].tolist() == [0, 0, 200, 255]
+    assert any("CC-BY-4.0" in licence for licence in found.meta["licences"]) and len(found.meta["licences"]) == 3
+
+
+def test_emoji_stills_are_joined_by_code_point_and_held_out_by_style(stills):
+    """fire is a concept of the val split, the others of train."""
+    jobs = list(sources.emoji_jobs("fluent", stills))
+    assert jobs[0] == dict(file="noto/1f44b", source=picture("noto"), caption="waving hand, noto style", style="noto",
+                           keywords=["hello"], concept="waving hand", group="people-body", split="train")
+    assert [(j["file"], j["caption"]) for j in jobs[1:]] == [
+        ("noto/1f525", "fire, noto style"), ("noto/2764-fe0f", "heart, noto style"),
+        ("twemoji/1f525", "fire, twemoji style"), ("twemoji/1f44b", "waving hand, twemoji style"),
+        ("twemoji/2764", "heart, twemoji style"), ("fluent/1f44b", "waving hand, fluent style"),
+        ("fluent/1f525", "fire, fluent style"), ("fluent/2764-fe0f", "heart, fluent style")]
+    held_out = [j["file"] for j in jobs if j["split"] != "train"]
+    assert held_out == ["fluent/1f525"]
+    held_out = [j["file"] for j in sources.emoji_jobs("all", stills) if j["split"] == "val"]
+    assert held_out == ["noto/1f525", "twemoji/1f525", "fluent/1f525"]
 
 
 def test_fluent_jobs_have_the_labels_of_emojibase(tmp_path, monkeypatch):
