@@ -23,7 +23,7 @@ from PIL import Image
 
 from lib import sources
 from lib.files import UserError, cache_path, json_hash, numbered_lines, rows, run_cli
-from lib.index import SPLITS, Chain, Index, JoinedIndex
+from lib.index import SPLITS, Chain, Index, JoinedIndex, Members
 from lib.media import MAX_FRAMES, even_frames, to_tensor
 from lib.options import check_least
 from lib.prepare import prepare
@@ -260,21 +260,6 @@ class StickerSet:
     def clip(self, record, idx):
         """(len(idx), S, S, 4) uint8 straight RGBA."""
         return self.frames[record["first"] + np.asarray(idx, int)]
-
-
-class Members(Sequence):
-    """For each concept, in order, an array of its records' numbers. concept: (n,), of each record; only: of these."""
-    def __init__(self, concept, only=None):
-        only = np.arange(len(concept)) if only is None else only
-        self.order = only[np.argsort(concept[only], kind="stable")]
-        self.starts = np.append(np.flatnonzero(np.diff(concept[self.order], prepend=-1)), len(only))
-
-    def __len__(self):
-        return len(self.starts) - 1
-
-    def __getitem__(self, i):
-        i = range(len(self))[i]
-        return self.order[self.starts[i]:self.starts[i + 1]]
 
 
 def latents_path(stickers, vae_hash):

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from data import TASKS, Members, StickerSet, eval_mask, nearest_given
+from data import TASKS, StickerSet, eval_mask, nearest_given
 from lib.clip import clip_scores
 from lib.cpu import keep_memory
 from lib.distances import bootstrap, bootstrap_fd, extrapolate, frechet, on_white, psnr
 from lib.dover import dover_fuse
 from lib.extractors import extractors, features_of
 from lib.files import UserError, cache_path, file_hash, read_json, rows, run_cli, write_json
+from lib.index import Members
 from lib.media import check_sheet, contact_sheet, even_frames, to_rgba, to_tensor
 from lib.options import check_least
 from lib.standins import fd_app, fd_mot

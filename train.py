@@ -16,9 +16,7 @@ Every random draw of global sample n of step s is a function of (seed, s, n) alo
 uninterrupted one bit for bit, and N ranks see exactly the draws of one. Another number of threads or ranks sums in
 another order: the same draws, other last digits.
 """
-import functools
 import math
-import shutil
 import signal
 import time
 from contextlib import ExitStack, nullcontext
@@ -38,11 +36,11 @@ from lib import loop
 from lib.autoencoder import measure_latents, vae_psnr
 from lib.checkpoints import append, check_equal, check_same_config, lock_run, states, write_config
 from lib.distributed import gather, on_all_ranks, setup
-from lib.files import UserError, cache_path, file_hash, first_line, rows, run_cli
+from lib.files import UserError, file_hash, first_line, run_cli
 from lib.media import contact_sheet, to_tensor
 from lib.options import check_least, check_shares, check_words, flag, parse_fields
 from lib.sources import read_caption
-from lib.towers import load_tower, name_tower
+from lib.towers import cache_features, name_tower
 from lib.weights import save_model
 from model import RDTF, VAE, load_rdtf, load_vae, preset
 from sample import Sampler
@@ -184,8 +182,9 @@ class DFGNStage(VAEStage):
         self.inputs["vae"] = file_hash(config.vae)
         if config.base:
             self.inputs["base"], self.base = file_hash(config.base), load_base(config.base, self.preset, self.inputs)
-        elif not self.tower:
-            self.vocabulary = data.vocabulary(self.stickers.records)
+        if not self.tower:
+            words = self.base["text.vocabulary"] if self.base else data.vocabulary(self.stickers.records)
+            self.vocabulary = torch.as_tensor(words)
             self.preset.text.vocab = len(self.vocabulary)
         self.prompts = read_prompts(config.prompts) if config.sample_every else []
 
@@ -204,14 +203,17 @@ class DFGNStage(VAEStage):
         self.vae.cpu()
         if self.tower:
             self.texts = data.StickerTexts(self.stickers, c.text_variants, c.seed, c.word_dropout, c.keywords)
-            self.features = text_features(c, self.texts, self.inputs, self.preset.text.width, self.device)
+            made_of = [self.inputs["data"], sorted(c.groups), c.text_variants, c.seed, c.word_dropout, c.keywords]
+            width = self.preset.text.width
+            self.features = cache_features(c.data[0], made_of, self.tower, width, self.texts, data.tokenize,
+                                           self.device)
 
     def network(self, fresh):
         net = RDTF(self.preset)
         if fresh and self.base:
             net.load_state_dict(self.base)
         elif net.text:
-            net.text.vocabulary.copy_(torch.tensor(self.vocabulary))
+            net.text.vocabulary.copy_(self.vocabulary)
         self.base = None                      # as large as the network
         net.dfgn.checkpointing = self.config.checkpointing
         return net.to(self.device)
@@ -253,33 +255,11 @@ class DFGNStage(VAEStage):
 STAGES = {"vae": VAEStage, "dfgn": DFGNStage}
 
 
-@torch.no_grad()
-def text_features(c, texts, inputs, width, device, batch=64):
-    """Features (n, 77, width) float16 of all texts, cached beside the set; the name holds all that they depend on."""
-    path = cache_path(c.data[0], "text", [inputs["clip_weights"], inputs["data"], sorted(c.groups), c.text_variants,
-                                       c.seed, c.word_dropout, c.keywords])
-    need, free = len(texts) * 77 * width * 2, shutil.disk_usage(c.data[0]).free
-    part = Path(f"{path}.part")
-    free += part.stat().st_size if part.is_file() else 0     # of an interrupted run
-    if not path.is_file() and need > free:
-        raise UserError(f"--text-variants {c.text_variants}: features of {len(texts)} texts are {need / 1e9:.1f} GB, "
-                        f"{free / 1e9:.1f} GB are free in {c.data[0]}; fewer variants need less")
-
-    tower = functools.cache(lambda: load_tower(c.clip_weights, c.clip_model).to(device))  # if anything is missing
-
-    def encode(part):
-        tokens = data.tokenize([texts[k] for k in range(part.start, part.stop)])
-        return tower()(tokens.to(device)).half().cpu().numpy()
-    return rows(path, len(texts), (77, width), np.float16, batch, encode, "encoding texts")
-
-
 def load_base(path, config, inputs):
-    """Weights of another run to start from; it must be of the same configuration, VAE and text tower."""
+    """Weights of another run, its vocabulary too; it must be of the same configuration, VAE and text tower."""
     base, meta = load_rdtf(path)
-    if base.text:
-        config.text.vocab = base.config.text.vocab   # its vocabulary goes on
     for part in ("text", "dfgn", "diffusion"):
-        check_equal(f"--base {path}", getattr(base.config, part), getattr(config, part))
+        check_equal(f"--base {path}", getattr(base.config, part), getattr(config, part), free=("vocab",))
     if (meta["vae"], meta.get("text", {}).get("hash")) != (inputs["vae"], inputs.get("clip_weights")):
         raise UserError(f"--base {path}: trained with another VAE or text tower than --vae or --clip-weights")
     return base.state_dict()
@@ -443,7 +423,7 @@ def train(config, stack):
         losses, norm = trainer.backward(batch)
         signalled = torch.full((len(losses), 1), max(signals, default=0))
         table = gather(torch.cat([losses[:, None].double(), tags, signalled], 1), world).numpy()  # (B, 5), all ranks'
-        check_finite(stage, run, step, table, norm)
+        loop.check_finite(stage, run, step, table, norm, TASKS)
         trainer.apply()
         trainer.observe(table, norm)
         bar.update()
@@ -482,25 +462,6 @@ def check_options(c):
     for name in ("checkpointing", "clip_weights", "base", "prompts"):
         if getattr(c, name) and c.stage == "vae":
             raise UserError(f"{flag(name)}: for the dfgn stage alone; leave it out")
-
-
-def check_finite(stage, run, step, table, norm):
-    """Stop all ranks at a loss or gradient that is not finite; rank 0 names the samples. The last checkpoint stays."""
-    bad = table[~np.isfinite(table[:, 0])]
-    if not len(bad) and math.isfinite(norm):
-        return
-    what, samples = ("loss", bad) if len(bad) else ("gradient", table)
-    records, named = stage.stickers.records, []
-    for task, t, i in samples[:3, 1:4].astype(int):
-        condition = f", {TASKS[task]} at timestep {t}" if stage.curriculum else ""
-        named.append(f"line {records.rows[i] + 1}, {records[i].get('caption', '')!r}{condition}")
-    last = f"the last checkpoint is {run / 'state.pt'}" if states(run) else "no checkpoint was saved yet"
-
-    def stop():
-        if stage.rank == 0:
-            raise UserError(f"{run}: {what} is not finite at step {step} ({len(bad)} of {len(table)} losses; "
-                            f"{records.path}: {'; '.join(named)}); {last}; lower --lr in another --out or look at them")
-    on_all_ranks(stop, stage.world)
 
 
 def main(argv=None):

@@ -103,6 +103,21 @@ class Index(Sequence):
         return record
 
 
+class Members(Sequence):
+    """For each concept, in order, an array of its records' numbers. concept: (n,), of each record; only: of these."""
+    def __init__(self, concept, only=None):
+        only = np.arange(len(concept)) if only is None else only
+        self.order = only[np.argsort(concept[only], kind="stable")]
+        self.starts = np.append(np.flatnonzero(np.diff(concept[self.order], prepend=-1)), len(only))
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def __getitem__(self, i):
+        i = range(len(self))[i]
+        return self.order[self.starts[i]:self.starts[i + 1]]
+
+
 class Chain:
     """Arrays, one behind the other: a number, or a list or array of numbers, reads rows."""
     def __init__(self, parts):

@@ -5,10 +5,12 @@ import resource
 import signal
 import time
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib.checkpoints import read_state
+from lib.checkpoints import read_state, states
+from lib.distributed import on_all_ranks
 from lib.files import UserError, atomic_write
 
 STOPPING = signal.SIGTERM, signal.SIGINT  # save, then end
@@ -128,6 +130,27 @@ def complete_state(optimizer):
         optimizer.consolidate_state_dict()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def check_finite(stage, run, step, table, norm, tasks):
+    """Stop all ranks at a loss or gradient that is not finite; rank 0 names the samples. The last checkpoint stays.
+
+    table: a row a sample, of loss, number of the task (in `tasks`), timestep, number of the sticker."""
+    bad = table[~np.isfinite(table[:, 0])]
+    if not len(bad) and math.isfinite(norm):
+        return
+    what, samples = ("loss", bad) if len(bad) else ("gradient", table)
+    records, named = stage.stickers.records, []
+    for task, t, i in samples[:3, 1:4].astype(int):
+        condition = f", {tasks[task]} at timestep {t}" if stage.curriculum else ""
+        named.append(f"line {records.rows[i] + 1}, {records[i].get('caption', '')!r}{condition}")
+    last = f"the last checkpoint is {run / 'state.pt'}" if states(run) else "no checkpoint was saved yet"
+
+    def stop():
+        if stage.rank == 0:
+            raise UserError(f"{run}: {what} is not finite at step {step} ({len(bad)} of {len(table)} losses; "
+                            f"{records.path}: {'; '.join(named)}); {last}; lower --lr in another --out or look at them")
+    on_all_ranks(stop, stage.world)
 
 
 class EMA:

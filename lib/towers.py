@@ -1,12 +1,15 @@
 """The frozen text transformer of an open_clip model, from a local file; it is not trained and no network is used."""
+import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 
-from lib.files import UserError, file_hash, first_line, json_hash
+from lib.files import UserError, cache_path, file_hash, first_line, json_hash, rows
 from lib.weights import load_strict, read_weights
 
 VOCAB, LENGTH = 49408, 77                        # of CLIP's tokenizer
@@ -96,6 +99,25 @@ def load_tower(path, name):
     if sum(w.numel() * w.element_size() for w in weights.values()) > os.path.getsize(file):
         raise UserError(f"--clip-weights {path}: its tensors are larger than the file")  # expanded ones
     return load_strict(TextTower(config), tower_weights(weights), "--clip-weights", path, assign=True)
+
+
+@torch.no_grad()
+def cache_features(folder, made_of, tower, width, texts, tokenize, device, batch=64):
+    """Features (n, 77, width) float16 of n texts by a tower as name_tower names it, cached in a set's folder.
+
+    made_of: all else that the texts depend on. UserError: the disk has no room for them."""
+    net = functools.cache(lambda: load_tower(tower["file"], tower["model"]).to(device))   # if anything is missing
+    path = cache_path(folder, "text", [tower["hash"], *made_of])
+    need, free, part = len(texts) * LENGTH * width * 2, shutil.disk_usage(folder).free, Path(f"{path}.part")
+    free += part.stat().st_size if part.is_file() else 0     # of an interrupted run
+    if not path.is_file() and need > free:
+        raise UserError(f"--text-variants: features of {len(texts)} texts are {need / 1e9:.1f} GB, "
+                        f"{free / 1e9:.1f} GB are free in {folder}; fewer variants need less")
+
+    def encode(part):
+        tokens = tokenize([texts[k] for k in range(part.start, part.stop)])
+        return net()(tokens.to(device)).half().cpu().numpy()
+    return rows(path, len(texts), (LENGTH, width), np.float16, batch, encode, "encoding texts")
 
 
 def tower_for(model_path, metadata, clip_weights, width):
