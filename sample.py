@@ -10,10 +10,6 @@ Given frames come back exactly (in .webp and .png, at the preset's size). Sample
 the batch size.
 """
 import argparse
-import itertools
-import os
-import re
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +25,7 @@ from lib.towers import tower_for
 from model import END, load_rdtf, load_vae
 
 DEFAULTS = dict(steps=50, eta=1.0, text_scale=7.5, image_scale=7.5)     # paper Table 6
+SHIPPED = Path(__file__).parent / "checkpoints/mini.safetensors"
 MINI = dict(steps=25, eta=0.0, text_scale=3.0, image_scale=1.0)
 
 
@@ -155,32 +152,35 @@ class Sampler:
 # ---- given frames and files
 
 def place_frames(frames, task, T):
-    """Spread the frames of a file (n, S, S, 4) over a clip as a task has them -> frames (T, S, S, 4), cond_mask (T,).
+    """Spread the frames of a file (n, S, S, 4) over a clip -> frames (T, S, S, 4), cond_mask (T,), stride.
 
-    interpolation: up to ceil(T / 2) of them at every 2nd place, or every 3rd if they suffice for no more;
-    prediction_forward: the last up to 5/8 T of them first; prediction_backward: the first up to 6/8 T of them last;
-    it2v and i2v: the first alone."""
+    stride: frames of the file from one frame of the clip to the next. interpolation: up to ceil(T / 2) of the file at
+    every 2nd place, or every 3rd if they suffice for no more. Predictions take them at the stride of training clips,
+    which spread over a whole file: prediction_forward up to 5/8 T that end with the last, prediction_backward up to
+    6/8 T that begin with the first. it2v and i2v: the first alone."""
     n, out, mask = len(frames), np.zeros((T, *frames.shape[1:]), np.uint8), np.zeros(T, np.float32)
+    stride, chosen, places = max(n // T, 1), frames[:1], [0]
     if task == "interpolation":
         if n < 2:
             raise UserError("--frames: interpolation needs at least two frames")
-        places = list(range(0, T, 2 if n >= (T + 1) // 2 else 3))[:n]
-        chosen = [frames[i] for i in media.even_frames(n, len(places))]
+        spacing = 2 if n >= (T + 1) // 2 else 3
+        places = list(range(0, T, spacing))[:n]
+        chosen, stride = frames[media.even_frames(n, len(places))], n / (len(places) * spacing)
     elif task == "prediction_forward":
-        chosen = frames[-max(T * 5 // 8, 1):]
+        chosen = frames[::-1][::stride][:max(T * 5 // 8, 1)][::-1]
         places = range(len(chosen))
     elif task == "prediction_backward":
-        chosen = frames[:max(T * 6 // 8, 1)]
+        chosen = frames[::stride][:max(T * 6 // 8, 1)]
         places = range(T - len(chosen), T)
-    else:
-        chosen, places = frames[:1], [0]
     for place, frame in zip(places, chosen):
         out[place], mask[place] = frame, 1
-    return out, mask
+    return out, mask, stride
 
 
 def read_given(args, sampler):
-    """(task, frames (T, S, S, 4) or None, cond_mask (T,) or None) from --image, --frames, --task."""
+    """(task, frames (T, S, S, 4) or None, cond_mask (T,) or None) from --image, --frames, --task.
+
+    Without --duration the clip keeps the speed of --frames."""
     if args.image and args.frames:
         raise UserError("--image and --frames: give one of them")
     with_image = "it2v" if args.prompt else "i2v"
@@ -192,28 +192,11 @@ def read_given(args, sampler):
     name = "image" if task in ("i2v", "it2v") else "frames"
     if not getattr(args, name):
         raise UserError(f"--task {task} needs --{name}")
-    frames, _ = media.read_animation(getattr(args, name))
-    return task, *place_frames(media.square(frames, sampler.size), task, sampler.T)
-
-
-def output_paths(args, names):
-    """A path for each sticker: NAME, then NAME-2, NAME-3 where a name comes again."""
-    out = Path(args.out or "")
-    folder = out if not out.suffix or out.is_dir() or args.out.endswith(("/", os.sep)) else None
-    suffix = media.PLATFORMS[args.platform].suffix if args.platform else ".webp" if folder else out.suffix
-    if suffix.lower() not in media.LONGEST:
-        raise UserError(f"--out {args.out}: write .webp, .gif or .png")
-    if not folder and out.suffix != suffix:
-        raise UserError(f"--out {args.out}: {args.platform} takes {suffix}")
-    longest = media.LONGEST[suffix.lower()]
-    if not args.platform and args.duration > longest:
-        raise UserError(f"--duration {args.duration}: a frame of a {suffix} file lasts at most {longest} ms")
-    paths, numbers = {}, defaultdict(lambda: itertools.count(1))             # paths: a set in order
-    for name in names:
-        stem = folder / name if folder else out.with_suffix("")
-        numbered = (Path(f"{stem}-{i}{suffix}" if i > 1 else f"{stem}{suffix}") for i in numbers[stem])
-        paths[next(path for path in numbered if path not in paths)] = None
-    return list(paths)
+    frames, durations = media.read_animation(getattr(args, name))
+    *placed, stride = place_frames(media.square(frames, sampler.size), task, sampler.T)
+    if args.duration is None and args.frames and len(frames) > 1:
+        args.duration = max(1, min(round(stride * sum(durations) / len(frames)), min(media.LONGEST.values())))
+    return task, *placed
 
 
 def parse(argv):
@@ -222,7 +205,7 @@ def parse(argv):
     parser.add_argument("--image", help="first frame (it2v with --prompt, i2v without)")
     parser.add_argument("--frames", help="animation whose frames are given")
     parser.add_argument("--task", choices=TASKS, help="default: it2v, i2v with --image, interpolation with --frames")
-    parser.add_argument("--model", default="runs/dfgn/model.safetensors")
+    parser.add_argument("--model", help="model.safetensors of a run; default: the one in checkpoints/")
     parser.add_argument("--vae", help="default: the file that the model was trained with")
     parser.add_argument("--clip-weights", help="open_clip weights of the text tower; default: the training's")
     parser.add_argument("--num", type=int, default=1, help="stickers per prompt")
@@ -232,7 +215,7 @@ def parse(argv):
     parser.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1 (paper 1; mini 0)")
     parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 3)")
     parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 1)")
-    parser.add_argument("--duration", type=int, default=125, help="milliseconds a frame")
+    parser.add_argument("--duration", type=int, help="milliseconds a frame; default: as in --frames, or else 125")
     parser.add_argument("--out", help="file (.webp, .gif, .png) or folder to write; default: PROMPT.webp")
     parser.add_argument("--sheet", help="PNG contact sheet of all stickers")
     parser.add_argument("--for", dest="platform", choices=sorted(media.PLATFORMS), help="obey a platform's limits")
@@ -246,10 +229,6 @@ def check(args):
         raise UserError("--prompt: say what to draw, as in --prompt \"rocket\"")
     check_least(args, num=1, batch=1, duration=1, steps=1, seed=0)
     media.check_sheet(args.sheet)
-
-
-def slug(text):
-    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:60] or "sticker"
 
 
 def write(clip, path, args):
@@ -266,11 +245,15 @@ def write(clip, path, args):
 def main(argv=None):
     args = parse(argv)
     check(args)
-    names = [slug(p) for p in args.prompt for _ in range(args.num)]
-    paths = output_paths(args, names or [Path(args.image or args.frames).stem + "-sticker"] * args.num)
+    names = args.prompt or [Path(args.image or args.frames).stem + " sticker"]
+    paths = media.output_paths(args.out, [name for name in names for _ in range(args.num)], args.platform)
+    media.check_duration(None if args.platform else args.duration, paths[0])
     keep_memory()
-    sampler = Sampler(args.model, args.vae, clip_weights=args.clip_weights)
+    if args.model is None:
+        print(f"model: {SHIPPED.name} of checkpoints/, trained as checkpoints/README.md says (--model names another)")
+    sampler = Sampler(args.model or SHIPPED, args.vae, clip_weights=args.clip_weights)
     task, frames, mask = read_given(args, sampler)
+    args.duration = args.duration or 125
     prompts = ["" if task == "i2v" else p for p in args.prompt for _ in range(args.num)] or [""] * args.num
     settings = sampler.settings(**{name: getattr(args, name) for name in DEFAULTS})
     timesteps(sampler.config.diffusion.steps, settings["steps"])  # refuses too many

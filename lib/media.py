@@ -5,8 +5,10 @@ Frames are (n, H, W, 4) uint8, straight (not premultiplied) RGBA; durations are 
 import io
 import itertools
 import os
+import re
 import stat
 import warnings
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -255,6 +257,31 @@ def check_finished(content, platform):
         raise UserError(f"--for {platform}: {len(frames)} frames of {min(durations)} ms and more, {sum(durations)} ms "
                         f"in all; at least {rules.least_ms} ms and at most {rules.most_seconds} s are taken")
     return sum(durations)
+
+
+def output_paths(out, names, platform=None):
+    """A path for each sticker, in a folder or as `out` says: NAME, then NAME-2, NAME-3 where a name comes again."""
+    path = Path(out or "")
+    folder = path if not path.suffix or path.is_dir() or out.endswith(("/", os.sep)) else None
+    suffix = PLATFORMS[platform].suffix if platform else ".webp" if folder else path.suffix
+    if suffix.lower() not in LONGEST:
+        raise UserError(f"--out {out}: write .webp, .gif or .png")
+    if not folder and path.suffix != suffix:
+        raise UserError(f"--out {out}: {platform} takes {suffix}")
+    paths, numbers = {}, defaultdict(lambda: itertools.count(1))             # paths: a set in order
+    for name in names:
+        slug = re.sub(r"[^\w]+", "-", name.lower()).strip("-")[:60] or "sticker"
+        stem = folder / slug if folder else path.with_suffix("")
+        numbered = (Path(f"{stem}-{i}{suffix}" if i > 1 else f"{stem}{suffix}") for i in numbers[stem])
+        paths[next(path for path in numbered if path not in paths)] = None
+    return list(paths)
+
+
+def check_duration(duration, path):
+    """UserError for milliseconds of a frame that a file of this name cannot hold; None passes."""
+    longest = LONGEST[Path(path).suffix.lower()]
+    if duration is not None and duration > longest:
+        raise UserError(f"--duration {duration}: a frame of a {Path(path).suffix} file lasts at most {longest} ms")
 
 
 def check_sheet(path):

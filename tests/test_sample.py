@@ -151,7 +151,7 @@ def test_given_frames_come_back_exactly_and_others_do_not_count(channels, sample
 def frame_numbers(n, T, task):
     """Which of n frames lie where: {place: frame}."""
     frames = np.zeros((n, 2, 2, 4), np.uint8) + np.arange(1, n + 1, dtype=np.uint8)[:, None, None, None]
-    out, mask = place_frames(frames, task, T)
+    out, mask, _ = place_frames(frames, task, T)
     assert out.shape == (T, 2, 2, 4) and mask.dtype == np.float32 and not out[mask == 0].any()
     return {int(i): int(out[i, 0, 0, 0]) - 1 for i in np.flatnonzero(mask)}
 
@@ -162,7 +162,13 @@ def test_places_of_given_frames():
     assert frame_numbers(8, 8, "interpolation") == {0: 0, 2: 2, 4: 4, 6: 6}
     assert frame_numbers(1, 8, "prediction_forward") == {0: 0} and frame_numbers(1, 8, "prediction_backward") == {7: 0}
     assert frame_numbers(8, 8, "prediction_forward") == {i: i + 3 for i in range(5)}
-    assert frame_numbers(20, 8, "prediction_backward") == {i + 2: i for i in range(6)}
+    assert frame_numbers(20, 8, "prediction_forward") == {0: 11, 1: 13, 2: 15, 3: 17, 4: 19}    # every second
+    assert frame_numbers(20, 8, "prediction_backward") == {i + 2: 2 * i for i in range(6)}
+    assert frame_numbers(9, 8, "prediction_backward") == {i + 2: i for i in range(6)}
+    strides = {(n, task): place_frames(np.zeros((n, 1, 1, 4), np.uint8), task, 8)[2]
+               for n in (3, 4, 16, 20) for task in TASKS[3:5]}
+    assert strides == {(3, TASKS[3]): 1 / 3, (3, TASKS[4]): 1, (4, TASKS[3]): 1 / 2, (4, TASKS[4]): 1,
+                       (16, TASKS[3]): 2, (16, TASKS[4]): 2, (20, TASKS[3]): 2.5, (20, TASKS[4]): 2}
     assert frame_numbers(1, 8, "it2v") == frame_numbers(5, 8, "i2v") == {0: 0}
     for T, n, task in itertools.product((4, 16), (2, 30), TASKS[3:]):
         assert 1 <= len(frame_numbers(n, T, task)) < T       # one to see, one to draw
@@ -191,10 +197,14 @@ def test_six_tasks_of_a_trained_model(run, capsys):
     first = square(read_animation("red face.png")[0], 16)[0]
     assert (made["it2v"][0] == first).all() and (made["i2v"][0] == first).all()
     assert (made["interpolation"][::2] == frames[:4]).all()
+    run(*moving, "--task", "prediction_forward", "--out", "y.png")           # as fast as the file, 100 ms a frame
+    assert sum(read_animation("y.png")[1]) == 800
+    run(*moving, "--out", "y.png")                # its 5 frames, 500 ms, are spread over 8 places
+    assert sum(read_animation("y.png")[1]) == 8 * round(500 / 8)
     assert (made["prediction_forward"][:5] == frames).all() and (made["prediction_backward"][3:] == frames).all()
     run(*options["it2v"], "--task", "i2v", "--duration", 80, "--out", "x.png")
     assert Path("x.png").read_bytes() == Path("i2v.png").read_bytes()        # i2v does not see the text
-    assert "red face-sticker.webp" in run(*still)
+    assert "red-face-sticker.webp" in run(*still)
 
 
 @pytest.mark.parametrize("argv, files", [
