@@ -1,7 +1,7 @@
 """What a training loop needs whatever it trains: signals, loaders, precision, optimiser, EMA, log window, state."""
 import math
+import multiprocessing
 import os
-import resource
 import signal
 import time
 
@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 
 from lib.checkpoints import read_state, states
+from lib.cpu import peak_memory
 from lib.distributed import on_all_ranks
 from lib.files import UserError, atomic_write
 
 STOPPING = signal.SIGTERM, signal.SIGINT  # save, then end
+FORKS = "fork" in multiprocessing.get_all_start_methods()  # not on Windows
 
 
 def check_launch():
@@ -50,7 +52,7 @@ def ignore_signals(_):
 def load_batches(dataset, sampler, workers):
     """Yield lists of the dataset's items. A UserError of a loader process comes without torch's traceback before it."""
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list,
-                                         multiprocessing_context="fork" if workers else None,
+                                         multiprocessing_context="fork" if workers and FORKS else None,
                                          worker_init_fn=ignore_signals)
     batches = iter(loader)
     try:
@@ -202,9 +204,7 @@ class Window:
 
     def rates(self, device):
         """Samples a second without the time of saving, CPU seconds, seconds of saving, memory at most (MiB)."""
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        if device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated() / 2 ** 20
+        memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else peak_memory()
         rate = self.seen / (time.perf_counter() - self.began - self.saving)
         cpu = time.process_time() - self.cpu
         return dict(clips_per_s=round(rate, 2), cpu_s=round(cpu, 2), save_s=round(self.saving, 3),

@@ -24,6 +24,35 @@ def start(code, *argv):
                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+BARE = """
+import importlib, os, pathlib, signal, sys
+import matplotlib.pyplot, open_clip, scipy.stats, torch.distributed, torchvision   # they may have it
+names = [path.stem for path in pathlib.Path().glob("*.py")]
+names += [f"{path.parent}.{path.stem}" for folder in ("lib", "tools") for path in pathlib.Path(folder).glob("*.py")]
+for missing in "fcntl", "resource", "pwd", "grp", "termios", "pty":
+    sys.modules[missing] = None
+for owner, gone in ((os, "posix_fadvise fork getuid nice sched_getaffinity mkfifo"), (signal, "SIGKILL SIGHUP pause")):
+    for name in gone.split():
+        if hasattr(owner, name):
+            delattr(owner, name)
+sys.platform = "win32"
+for name in sorted(names):
+    importlib.import_module(name)
+from lib.cpu import keep_memory, peak_memory
+keep_memory()
+print(len(names), peak_memory())
+"""
+
+
+def test_every_script_is_imported_where_posix_is_missing():
+    """Windows has none of these names, macOS not all of them."""
+    process = start(BARE)
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    count, memory = map(int, said.split())
+    assert count > 35 and memory == 0
+
+
 def test_rows_are_made_once_and_of_the_right_number_and_shape(tmp_path):
     path, calls = tmp_path / "rows", []
     for _ in range(2):

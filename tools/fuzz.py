@@ -7,7 +7,6 @@ crashed the reader, needed more than MEMORY, or hung."""
 import argparse
 import multiprocessing
 import random
-import resource
 import sys
 import zlib
 from collections import Counter
@@ -72,6 +71,7 @@ def read(content):
 
 
 def worker(pipe):
+    import resource  # of POSIX alone, as the limit is
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     while True:
         pipe.send(read(pipe.recv_bytes()))
