@@ -24,8 +24,8 @@ from PIL import Image
 from lib import sources
 from lib.files import UserError, cache_path, json_hash, numbered_lines, rows, run_cli
 from lib.index import SPLITS, Chain, Index, JoinedIndex, Members
-from lib.media import MAX_FRAMES, even_frames, to_tensor
-from lib.options import check_least
+from lib.media import MAX_DECODED, MAX_FRAMES, even_frames, to_tensor
+from lib.options import check_least, check_most
 from lib.prepare import prepare
 
 TASKS = ("t2v", "i2v", "it2v", "interpolation", "prediction_forward", "prediction_backward")
@@ -388,6 +388,9 @@ def parse(argv):
         add[name]("--most-frames", type=int, default=MAX_FRAMES, help="frames of a long clip in the set")
     o = parser.parse_args(argv)
     check_least(o, **{name: 1 for name in ("size", "workers", "most_frames", "n", "limit") if name in o})
+    check_most(o, size=1024, most_frames=MAX_DECODED)
+    if not Path(o.out).name:
+        raise UserError(f"--out {o.out}: name the folder to write")
     return o
 
 

@@ -31,6 +31,7 @@ from lib.dover import dover_fuse
 from lib.extractors import extractors, features_of
 from lib.files import UserError, cache_path, file_hash, read_json, rows, run_cli, write_json
 from lib.index import Members
+from lib.judge import SHIPPED
 from lib.media import check_sheet, contact_sheet, even_frames, to_rgba, to_tensor
 from lib.options import check_least
 from lib.standins import fd_app, fd_mot
@@ -146,8 +147,8 @@ class EvalSet:
         if 2 <= len(others) < n:
             raise UserError(f"--split {args.split}: {n} clips, but {len(others)} of the other splits for the floor; a "
                             f"distance depends on n, so choose --n {len(others)}")
-        self.captions, self.files = [r["caption"] for r in records], [r["file"] for r in records]
-        self.folder, self.extractors = Path(args.data) / "eval", extractors(args, T)
+        self.captions, self.files, self.concepts = ([r[key] for r in records] for key in ("caption", "file", "concept"))
+        self.folder, self.extractors = Path(args.data) / "eval", extractors(args, T, self.concepts)
         self.clips, self.floor = read_clips(stickers, records, T), None
         self.real = self.features(self.folder, self.clips)
         if len(others) == n:
@@ -159,12 +160,14 @@ class EvalSet:
 
     def scores(self, features, task):
         """{metric: (N,)} of all metrics that have a value for each clip."""
-        scores = {}
+        scores, by_name = {}, {x.name: x for x in self.extractors}
+        if "judge" in features:
+            scores.update(by_name["judge"].scores(features["judge"], self.concepts))
         if "dover" in features:
             fused = dover_fuse(*features["dover"].astype(float).T)
             scores.update({f"VQA {name}".replace(" overall", ""): values for name, values in fused.items()})
         if "clip" in features:
-            text = next(x for x in self.extractors if x.name == "clip").texts(self.captions)
+            text = by_name["clip"].texts(self.captions)
             frames = features["clip"].reshape(len(text), self.T, -1)
             scores.update(clip_scores(text, frames, first_given=task in ("i2v", "it2v")))
         return scores
@@ -229,8 +232,9 @@ def measure(run, test):
     protocol = (f"{args.split} split of {args.data}{groups}, n = {len(test.files)} concepts, seed {args.seed}; "
                 f"{settings}; {test.T} evenly spaced frames, {test.size} px, on white; 95 % intervals")
     report = dict(model=str(run.model), sha256=run.sha256, step=run.sampler.meta["step"], n=len(test.files),
-                  seed=args.seed, split=args.split, set=test.set_hash, files=test.files, sampler=run.settings,
-                  protocol=protocol, metrics=[x.describe(test.T, test.size) for x in test.extractors], tasks=tasks,
+                  seed=args.seed, split=args.split, data=args.data, groups=args.groups, set=test.set_hash,
+                  files=test.files, sampler=run.settings, protocol=protocol, tasks=tasks,
+                  metrics=[x.describe(test.T, test.size) for x in test.extractors],
                   vae=distances(test.real, test.features(run.folder / "eval", decoded, DISTANT), args.seed),
                   floor=test.floor, real={k: mean_of(v, args.seed) for k, v in test.scores(test.real, "t2v").items()})
     return report, made
@@ -368,6 +372,7 @@ def parse(argv=None):
     add("--sheet", help="PNG contact sheet to write")
     add("--sheet-rows", type=int, default=8, help="clips of each task on it (default: %(default)s)")
     add("--out", help="JSON with all numbers (default: RUN/eval.json, out/table-N.json)")
+    add("--judge", default=str(SHIPPED), help="network of Recog@1, of tools/train_judge.py (default: %(default)s)")
     add = parser.add_argument_group("published weights, local files; each brings its metric").add_argument
     add("--i3d", metavar="FILE", help="I3D for FVD: i3d_pretrained_400.pt, rgb_imagenet.pt, or i3d_torchscript.pt")
     add("--i3d-trust", action="store_true", help="run the code that a TorchScript file holds")

@@ -38,7 +38,7 @@ from lib.checkpoints import append, check_equal, check_same_config, lock_run, st
 from lib.distributed import gather, on_all_ranks, setup
 from lib.files import UserError, file_hash, first_line, run_cli
 from lib.media import contact_sheet, to_tensor
-from lib.options import check_least, check_shares, check_words, flag, parse_fields
+from lib.options import check_least, check_most, check_shares, check_words, flag, parse_fields
 from lib.sources import read_caption
 from lib.towers import cache_features, name_tower
 from lib.weights import save_model
@@ -181,7 +181,8 @@ class DFGNStage(VAEStage):
         check_equal(f"--vae {config.vae}", self.vae.config, self.preset.vae, free)
         self.inputs["vae"] = file_hash(config.vae)
         if config.base:
-            self.inputs["base"], self.base = file_hash(config.base), load_base(config.base, self.preset, self.inputs)
+            self.base = load_base(config.base, self.preset, self.inputs)
+            self.inputs["base"] = file_hash(config.base)
         if not self.tower:
             words = self.base["text.vocabulary"] if self.base else data.vocabulary(self.stickers.records)
             self.vocabulary = torch.as_tensor(words)
@@ -454,9 +455,12 @@ def check_options(c):
         raise UserError("--data: name a prepared set, or several")
     if len(c.still_share) not in (1, 2):
         raise UserError("--still-share: give one share, or the first and the last")
-    check_shares(c, "still_share", "word_dropout", "keywords", "text_drop", "cond_drop", "both_drop")
+    check_shares(c, "still_share", "word_dropout", "keywords", "text_drop", "cond_drop", "both_drop", "ema")
+    if c.text_drop + c.cond_drop + c.both_drop > 1:
+        raise UserError("--text-drop, --cond-drop and --both-drop: more than 1 in all")
     check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, seed=0, workers=0,
-                sample_every=0)
+                sample_every=0, warmup=0, weight_decay=0, lr=1e-12, grad_clip=1e-12)
+    check_most(c, seed=2 ** 32)
     if bool(c.sample_every) != bool(c.prompts):
         raise UserError("--sample-every and --prompts: give both, steps and a file of captions, or neither")
     for name in ("checkpointing", "clip_weights", "base", "prompts"):

@@ -9,15 +9,18 @@ from lib.clip import CLIPExtractor
 from lib.dover import DOVERExtractor
 from lib.files import UserError, cache_path, file_hash, rows
 from lib.i3d import I3DExtractor
+from lib.judge import JudgeExtractor
 from lib.standins import StandinExtractor
 
 
-def extractors(args, T):
-    """All that looks at clips: the stand-ins, and the published networks whose weights are named."""
+def extractors(args, T, concepts=()):
+    """All that looks at clips of these concepts: the stand-ins, and the published networks whose weights are named."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (args.i3d_eps or args.i3d_trust or args.i3d_frames != "loop") and not args.i3d:
         raise UserError("--i3d-eps, --i3d-trust and --i3d-frames: name the weights with --i3d FILE")
     found = [StandinExtractor(device)]
+    if args.judge and (judge := JudgeExtractor(args.judge, device)).knows(concepts):
+        found.append(judge)
     if args.i3d:
         found.append(I3DExtractor(args.i3d, args.i3d_eps, args.i3d_frames, device, args.i3d_trust))
     if args.dover:

@@ -147,6 +147,7 @@ def lock(path, what, wait=False):
 
     UserError where another process holds it, as that is writing `what`; with `wait` it is waited for."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT))      # FileLock takes a folder without room for it for a held lock
     busy = f"{what} is being written by another process"
     held = FileLock(str(path))
     try:

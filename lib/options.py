@@ -2,6 +2,7 @@
 import argparse
 import inspect
 import json
+import math
 from dataclasses import MISSING, fields
 
 from lib.files import UserError
@@ -42,8 +43,16 @@ def check_least(options, **least):
     """UserError for a number below the least that makes sense; None passes."""
     for name, limit in least.items():
         value = getattr(options, name)
-        if value is not None and value < limit:
+        if value is not None and not limit <= value < math.inf:              # nan is neither
             raise UserError(f"{flag(name)} {value}: must be at least {limit}")
+
+
+def check_most(options, **most):
+    """UserError for a number above the greatest that can be used; None passes."""
+    for name, limit in most.items():
+        value = getattr(options, name)
+        if value is not None and value > limit:
+            raise UserError(f"{flag(name)} {value}: must be at most {limit}")
 
 
 def check_shares(options, *names):

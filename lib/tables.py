@@ -8,7 +8,7 @@ from scipy import stats
 from lib.checkpoints import flat
 from lib.files import UserError
 
-COLUMNS = ("FVD", "VQA", "CLIP", "FD-app", "FD-mot", "dB over copying")   # of the paper's tables
+COLUMNS = ("FVD", "VQA", "CLIP", "Recog@1", "FD-app", "FD-mot", "dB over copying")   # of the paper's tables
 
 
 def markdown(head, rows):

@@ -1,6 +1,6 @@
 """How every metric reacts to damaged stickers: a table on stdout, a JSON file.
 
-    python tools/check_metrics.py                      # FD-app and FD-mot, 4 minutes; out/check-metrics.json
+    python tools/check_metrics.py                      # FD-app, FD-mot, Recog@1, 4 minutes; out/check-metrics.json
     python tools/check_metrics.py --dover DOVER.pth    # --data, --n, --seed, --out and weights as for evaluate.py
 
 Distances: stickers of the training split, damaged, to as many whole ones of other concepts. Scores: held-out stickers.
@@ -62,7 +62,7 @@ def repeat(clips, times, rng):
 
 
 def pass_around(captions, percent, rng):
-    """Captions (n,), this share of them passed around among themselves."""
+    """Captions (n, ...), this share of them passed around among themselves."""
     out, chosen = captions.copy(), rng.permutation(len(captions))[:max(2, round(len(captions) * percent / 100))]
     out[chosen] = captions[np.roll(chosen, 1)]
     return out
@@ -95,9 +95,12 @@ def features(extractors, clips):
             for x in extractors}
 
 
-def scores(extractors, clips, captions):
+def scores(extractors, clips, captions, concepts):
     """{metric: mean over clips} of the metrics that judge single clips."""
     found, values = features(extractors, clips), {}
+    if "judge" in found:
+        judge = next(x for x in extractors if x.name == "judge")
+        values["Recog@1"] = judge.scores(found["judge"], concepts)["Recog@1"].mean()
     if "dover" in found:
         values["VQA"] = dover_fuse(*found["dover"].T)["overall"].mean()
     if "clip" in found:
@@ -112,29 +115,31 @@ def react(stickers, extractors, n, seed):
     rng, values = np.random.default_rng(seed), defaultdict(lambda: defaultdict(list))
     reference, others = (to_white(read_clips(stickers, half, T)) for half in split_concepts(stickers, n, rng))
     held_out = pick(stickers, HELD_OUT, T, seed, stickers.split != "train")
-    shown, captions = to_white(read_clips(stickers, held_out, T)), np.array([r["caption"] for r in held_out])
+    shown = to_white(read_clips(stickers, held_out, T))
+    words = np.array([[r["caption"], r["concept"]] for r in held_out])      # (n, 2): a caption goes with its concept
     distant, single = ([x for x in extractors if (x.name in DISTANT) == wanted] for wanted in (True, False))
     real = features(distant, reference)
 
-    def record(key, others, shown, captions):
+    def record(key, others, shown, words):
         other = features(distant, others)
         found = {name: distance(real[x], other[x]) for name, (x, distance) in DISTANCES.items() if x in real}
-        for name, value in {**found, **scores(single, shown, captions)}.items():
+        for name, value in {**found, **scores(single, shown, *words.T)}.items():
             values[name][key].append(float(value))
-    record("real", others, shown, captions)
+    record("real", others, shown, words)
     for kind, (damage, strengths) in tqdm(DAMAGES.items(), f"seed {seed}"):
         for strength in strengths:
             if damage is pass_around:
-                record(kind, others, shown, pass_around(captions, strength, rng))
+                record(kind, others, shown, pass_around(words, strength, rng))
             else:
-                record(kind, damage(others, strength, rng), damage(shown, strength, rng), captions)
+                record(kind, damage(others, strength, rng), damage(shown, strength, rng), words)
     return values, len(reference), len(held_out)
 
 
 def main():
     args = evaluate.parse(["--n", "400", "--out", "out/check-metrics.json", *sys.argv[1:]])
     evaluate.check(args)
-    stickers, extractors = StickerSet(args.data, groups=args.groups), evaluate.extractors(args, T)
+    stickers = StickerSet(args.data, groups=args.groups)
+    extractors = evaluate.extractors(args, T, stickers.concepts)
     values, n, held_out = zip(*(react(stickers, extractors, args.n, args.seed + i) for i in range(SEEDS)))
     real = {name: [v[name]["real"][0] for v in values] for name in values[0]}
     names = [name for name in real if all(real[name])]
