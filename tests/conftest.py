@@ -1,7 +1,12 @@
-"""One tiny prepared set, VAE, DFGN and open_clip model for all tests."""
+"""One tiny prepared set, VAE, DFGN and open_clip model for all tests; a real browser."""
+import http.server
 import json
 import os
+import queue
 import re
+import shutil
+import subprocess
+import threading
 
 import pytest
 
@@ -53,6 +58,43 @@ def tiny_dfgn(tmp_path_factory, dfgn_argv):
     run = tmp_path_factory.mktemp("tiny_dfgn") / "dfgn"
     run_train(*dfgn_argv, "--steps", 7, "--out", run, "--save-every", 4)
     return run
+
+
+@pytest.fixture
+def in_browser(tmp_path):
+    """A page's bytes, shown in headless Chromium over HTTP at a width -> what its script posts, as JSON."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not program:
+        pytest.skip("no chromium, chromium-browser or google-chrome")
+
+    def show(content, width=800):
+        answers = queue.Queue()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200 if self.path == "/" else 404)
+                self.send_header("Content-Type", "text/html; charset=utf-8")
+                self.end_headers()
+                self.wfile.write(content if self.path == "/" else b"")
+
+            def do_POST(self):
+                answers.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(204)
+                self.end_headers()
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+                 "--disable-background-networking", f"--user-data-dir={tmp_path}/profile",
+                 f"--window-size={width},900", "--remote-debugging-port=0"]   # or it ends behind the page's load
+        with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            browser = subprocess.Popen([program, *flags, f"http://localhost:{server.server_port}/"],
+                                       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            try:
+                return answers.get(timeout=100)
+            finally:
+                browser.kill()
+                browser.wait()
+                server.shutdown()
+    return show
 
 
 TINY_CLIP = dict(embed_dim=32, vision_cfg=dict(image_size=32, layers=2, width=32, head_width=16, patch_size=8),

@@ -1,4 +1,5 @@
 """lib/animation.py: random GIFs and APNGs, written byte by byte, against a composer of single pixels; known files."""
+import base64
 import json
 import struct
 import zlib
@@ -156,12 +157,12 @@ def random_apng(rng):
         dispose, blend, delay, per = (int(rng.integers(k)) for k in (3, 2, 9, 20))
         samples = picture(h, w)
         out += chunk(b"fcTL", struct.pack(">5I2H2B", number, w, h, x, y, delay, per, dispose, blend))
+        number += 1
         body = png_data(samples, depth, interlace, rng)
         cut = len(body) // 2                                     # in two chunks
         for part in (body[:cut], body[cut:]):
-            number += 1
             out += chunk(b"IDAT", part) if whole else chunk(b"fdAT", struct.pack(">I", number) + part)
-        number += 1
+            number += not whole
         drawn.append(dict(x=x, y=y, pixels=[[rgba(s) for s in row] for row in samples], blend=blend,
                           dispose=(None, "background", "previous")[dispose]))
         times.append(max(1, round(1000 * delay / (per or 100) or 100)))
@@ -175,6 +176,46 @@ def test_300_random_files(make):
         frames, durations = read_animation(content)
         assert np.array_equal(seen(frames), seen(wanted)), seed
         assert durations == times, seed
+
+
+PAGE = """<script>
+const files = FILES;
+const decode = async ([type, text]) => {
+  const data = Uint8Array.from(atob(text), c => c.charCodeAt(0)), frames = [];
+  const decoder = new ImageDecoder({data, type, premultiplyAlpha: "none"});
+  await decoder.tracks.ready;
+  await decoder.completed;
+  for (let i = 0; i < decoder.tracks.selectedTrack.frameCount; i++) {
+    const {image} = await decoder.decode({frameIndex: i});
+    const pixels = new Uint8Array(4 * image.codedWidth * image.codedHeight);
+    await image.copyTo(pixels, {format: "RGBA"});
+    frames.push([image.codedWidth, image.codedHeight, btoa(String.fromCharCode(...pixels))]);
+  }
+  return frames;
+};
+addEventListener("load", async () => {
+  const found = [];
+  for (const file of files) found.push(await decode(file).catch(String));
+  await fetch("/found", {method: "POST", body: JSON.stringify(found)});
+});
+</script>"""
+
+
+def test_a_browser_shows_the_same_frames(in_browser):
+    made = [make(np.random.default_rng(seed)) for make in (random_gif, random_apng) for seed in range(300)]
+    kinds = ["image/gif"] * 300 + ["image/png"] * 300
+    files = [[kind, base64.b64encode(content).decode()] for kind, (content, *_) in zip(kinds, made)]
+    found = in_browser(PAGE.replace("FILES", json.dumps(files)).encode())
+    assert len(found) == 600
+    for k, (frames, (_, wanted, _)) in enumerate(zip(found, made)):
+        assert len(frames) == len(wanted) and not isinstance(frames, str), (k, frames)
+        shown = np.stack([np.frombuffer(base64.b64decode(f), np.uint8).reshape(h, w, 4) for w, h, f in frames])
+        shown = shown[:, :wanted.shape[1], :wanted.shape[2]]     # Chromium enlarges a GIF's screen to its first frame
+        if k < 300:                              # GIF is opaque or transparent, so nothing is rounded
+            assert np.array_equal(seen(shown), seen(wanted)), k
+        else:                                    # Chromium keeps premultiplied bytes
+            a, b = (np.concatenate([x[..., :3] * (x[..., 3:] / 255.0), x[..., 3:]], -1) for x in (shown, wanted))
+            assert np.abs(a - b).max() <= 3, k
 
 
 @pytest.mark.parametrize("name", EXPECTED)

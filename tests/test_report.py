@@ -1,11 +1,7 @@
 """tools/report.py: a page with all parts of a run, safe with any name, shown and moving in headless Chromium."""
 import html
-import http.server
 import json
-import queue
 import shutil
-import subprocess
-import threading
 
 import numpy as np
 import pytest
@@ -74,38 +70,10 @@ addEventListener("load", async () => {
 </script>"""
 
 
-def test_in_a_browser(run, tmp_path):
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not program:
-        pytest.skip("no chromium, chromium-browser or google-chrome")
+def test_in_a_browser(run, tmp_path, in_browser):
     page = tmp_path / "page.html"
     report.main([str(run), "--clips", "1", "--out", str(page)])
-    content, answers = page.read_text("utf-8").replace("<head>", f"<head>{PROBE}").encode(), queue.Queue()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200 if self.path == "/" else 404)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.end_headers()
-            self.wfile.write(content if self.path == "/" else b"")
-
-        def do_POST(self):
-            answers.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
-             "--disable-background-networking", f"--user-data-dir={tmp_path}/profile", "--window-size=400,900",
-             "--remote-debugging-port=0"]        # or headless Chromium ends behind the page's load
-    with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        browser = subprocess.Popen([program, *flags, f"http://localhost:{server.server_port}/"],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            found = answers.get(timeout=100)
-        finally:
-            browser.kill()
-            browser.wait()
-            server.shutdown()
+    found = in_browser(page.read_text("utf-8").replace("<head>", f"<head>{PROBE}").encode(), width=400)
     assert found["errors"] == [] and found["broken"] == 0
     assert len(found["counts"]) == 2 * 2 + 2 * 2 and min(found["counts"]) > 1 and found["counts"][:4] == [4] * 4
     assert found["wide"] <= found["inner"]
