@@ -139,6 +139,8 @@ def main(argv=None):
     parser.add_argument("--plot", required=True, help="PNG to write")
     parser.add_argument("--log", help="log.jsonl of a run, whose entropy is drawn too")
     args = parser.parse_args(argv)
+    if not args.plot.lower().endswith(".png"):
+        raise UserError(f"--plot {args.plot}: a plot is a .png file")
     plot(args.plot, args.log)
     print(f"wrote {args.plot}")
 

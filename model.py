@@ -502,6 +502,8 @@ class Diffusion(nn.Module):
             raise ValueError(f"schedule {c.schedule!r} is unknown: linear or scaled_linear")
         if c.prediction not in ("eps", "v", "z0"):
             raise ValueError(f"prediction {c.prediction!r} is unknown: eps, v or z0")
+        if not 0 < c.beta_start <= c.beta_end < 1:
+            raise ValueError(f"betas from {c.beta_start} to {c.beta_end}: between 0 and 1, in this order")
         power = 1.0 if c.schedule == "linear" else 0.5
         betas = torch.linspace(c.beta_start ** power, c.beta_end ** power, c.steps, dtype=torch.float64) ** (1 / power)
         alphas = (1 - betas).cumprod(0)
@@ -607,6 +609,8 @@ def check_config(config):
     unit = vae.factor * 2 ** (len(dfgn.widths) - 1)
     if vae.size % unit:
         raise ValueError(f"vae.size is {vae.size}, not a multiple of {unit} (vae.patch, vae.widths, dfgn.widths)")
+    if min(vae.layers, dfgn.layers) < 1:
+        raise ValueError("vae.layers and dfgn.layers must be at least 1")
     if min(dfgn.widths) < dfgn.head_dim:
         raise ValueError(f"dfgn.head_dim is {dfgn.head_dim}, dfgn.widths {dfgn.widths} are too narrow for one head")
 

@@ -20,7 +20,7 @@ from data import TASKS, tokenize
 from lib import media
 from lib.cpu import keep_memory
 from lib.files import UserError, file_hash, run_cli
-from lib.options import check_least
+from lib.options import check_least, flag
 from lib.towers import tower_for
 from model import END, load_rdtf, load_vae
 
@@ -189,10 +189,7 @@ def read_given(args, sampler):
         if args.image or args.frames:
             raise UserError("--task t2v takes no --image and no --frames")
         return task, None, None
-    name = "image" if task in ("i2v", "it2v") else "frames"
-    if not getattr(args, name):
-        raise UserError(f"--task {task} needs --{name}")
-    frames, durations = media.read_animation(getattr(args, name))
+    frames, durations = media.read_animation(args.image if task in ("i2v", "it2v") else args.frames)
     *placed, stride = place_frames(media.square(frames, sampler.size), task, sampler.T)
     if args.duration is None and args.frames and len(frames) > 1:
         args.duration = max(1, min(round(stride * sum(durations) / len(frames)), min(media.LONGEST.values())))
@@ -225,8 +222,14 @@ def parse(argv):
 def check(args):
     if any(not p.strip() for p in args.prompt):
         raise UserError("--prompt: empty; describe a sticker, or leave the option out where frames are given")
-    if not args.prompt and not (args.image or args.frames):
+    if not args.prompt and not (args.image or args.frames or args.task not in (None, "t2v")):
         raise UserError("--prompt: say what to draw, as in --prompt \"rocket\"")
+    needed = {None: None, "t2v": None, "i2v": "image", "it2v": "image"}.get(args.task, "frames")
+    if needed and not getattr(args, needed):
+        raise UserError(f"--task {args.task} needs --{needed}")
+    for name in ("text_scale", "image_scale"):
+        if not abs(getattr(args, name) or 0) < 1000:
+            raise UserError(f"{flag(name)} {getattr(args, name)}: choose a number such as 3")
     check_least(args, num=1, batch=1, duration=1, steps=1, seed=0)
     media.check_sheet(args.sheet)
 

@@ -12,7 +12,12 @@ from lib.weights import read_checkpoint
 
 @contextlib.contextmanager
 def lock_run(run):
-    """Keep other processes out of the run folder, and remove what a killed one left half-written."""
+    """Keep other processes out of the run folder, and remove what a killed one left half-written.
+
+    UserError: the folder holds something else than a run."""
+    held = [path.name for path in run.iterdir() if path.suffix != ".tmp"] if run.is_dir() else []
+    if set(held) - {"lock"} and "config.json" not in held:
+        raise UserError(f"--out {run}: holds other files ({', '.join(sorted(held)[:3])}); name a new folder")
     with lock(run / "lock", f"--out {run}"):
         for path in run.glob("*.tmp"):
             path.unlink()

@@ -28,6 +28,8 @@ def run_cli(main):
         message = str(error)
     except KeyboardInterrupt:
         message, status = "interrupted", 128 + signal.SIGINT
+    except FileExistsError as error:
+        message = f"{error.filename}: a file is in the way of a folder of this name"
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"disk full: {error.filename or 'free some space'}"

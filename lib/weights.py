@@ -18,7 +18,11 @@ from lib.files import UserError, atomic_write, first_line
 
 def read_checkpoint(path, **options):
     """What torch.save wrote: tensors and plain values. ValueError or UnpicklingError for a file of anything else."""
-    if zipfile.is_zipfile(path):
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            if file.read(2)[:1] not in (b"\x80", b"P"):                   # a pickle's first byte, a ZIP archive's
+                raise ValueError("not a file that torch.save wrote")
+    else:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
         if any("/code/" in member.filename for member in members):

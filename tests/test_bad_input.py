@@ -55,12 +55,15 @@ def values(command, *options):
 
 CASES = [                                        # (command, input, message)
     *values(TRAIN, "--stage gan", "--curriculum fast", "--how odd", "--frames some", "--precision int8", "--steps 0",
-            "--lr-schedule step", "--batch 0", "--save-every 0", "--seed -1", "--preset big", "--groups ghost",
+            "--lr-schedule step", "--set dfgn.layers=0", "--set diffusion.beta_end=9", "--batch 0",
+            "--save-every 0", "--seed -1", "--preset big", "--groups ghost",
             "--set dfgn.colour=1", "--set dfgn.layers=two", "--set vae.size=17"),
     (TRAIN, "--tasks t2v fly", "--tasks fly: choose from t2v"),
     *values(TRAIN, "--lr -0.5", "--lr nan", "--lr inf", "--warmup -1", "--grad-clip -0.5", "--ema 1.5",
             "--seed 99999999999"),
     (TRAIN, "--text-drop 0.9 --cond-drop 0.9", "--text-drop, --cond-drop and --both-drop: more than 1"),
+    (TRAIN, "--out {r}/stickers", "--out .*stickers: holds other files .captions.jsonl"),
+    (TRAIN, "--out {r}/blank.txt", "blank.txt: a file is in the way"),
     (TRAIN, "--base {r}/nowhere", "nowhere: no such model"),
     (TRAIN, "--data", "--data: name a prepared set"),
     (TRAIN, "--still-share 0.1 0.2 0.3", "--still-share: give one share, or the first and the last"),
@@ -80,7 +83,7 @@ CASES = [                                        # (command, input, message)
     (TRAIN, "--data {r}/oldset", "oldset/meta.json: of version 1"),
     (TRAIN, "--vae {r}/nowhere", "nowhere: no such model; train one with"),
     (TRAIN, "--vae {r}/run/model.safetensors", "holds 'dfgn', 'vae' is needed"),
-    (TRAIN, "--vae {r}/text.bin", "text.bin: cannot be read as weights"),
+    (TRAIN, "--vae {r}/text.bin", "text.bin: cannot be read as weights .*not a file that torch.save wrote"),
     (TRAIN, "--vae {r}/code.bin", "code.bin: .*could run code"),
     (TRAIN, "--base {r}/vae/model.safetensors", "holds 'vae', 'dfgn' is needed"),
     (TRAIN, "--base {r}/cut.safetensors", "not a readable .safetensors"),
@@ -90,11 +93,13 @@ CASES = [                                        # (command, input, message)
     (GO_ON, "--out {r}/damaged", "state.pt and state.prev.pt cannot be read"),
 
     *values(SAMPLE, "--num 0", "--steps 2000", "--eta 2.5", "--sheet x.jpg"),
+    *values(SAMPLE, "--text-scale inf", "--image-scale nan"),
     (SAMPLE, "--prompt ''", "--prompt: empty"),
     ("sample", "--out {r}/good.webp", "--prompt: say what to draw"),
     (SAMPLE, "--out {r}/x.mp4", "x.mp4: write .webp, .gif or .png"),
     (SAMPLE, "--duration 70000 --out {r}/x.png", "--duration 70000: a frame of a .png file lasts at most 65535 ms"),
     (SAMPLE, "--task i2v", "--task i2v needs --image"),
+    ("sample", "--task interpolation", "--task interpolation needs --frames"),
     (SAMPLE, "--task t2v --image {r}/good.webp", "--task t2v takes no --image"),
     (SAMPLE, "--image {r}/good.webp --frames {r}/good.webp", "--image and --frames: give one"),
     (SAMPLE, "--image {r}/bad.webp", "bad.webp: cannot be read as an image"),
@@ -121,6 +126,7 @@ CASES = [                                        # (command, input, message)
     (VSD2M, "{r}/nowhere", "nowhere: no such file"),
     (VSD2M, "{r}/list.jsonl", "list.jsonl, line 1: not a JSON object"),
     (VSD2M, "{r}/up.jsonl", "up.jsonl, line 1: visual_path must be"),
+    ("curriculum", "--plot {r}/x.txt", "--plot .*x.txt: a plot is a .png"),
     (PLOT, "--log {r}/bad.jsonl", "bad.jsonl, line 2: not JSON"),
     (PLOT, "--log {r}/none.jsonl", "none.jsonl: no line with a step")]
 
