@@ -30,7 +30,7 @@ from lib.distances import bootstrap, bootstrap_fd, extrapolate, frechet, on_whit
 from lib.dover import dover_fuse
 from lib.extractors import extractors, features_of
 from lib.files import UserError, cache_path, file_hash, read_json, rows, run_cli, write_json
-from lib.index import Members
+from lib.index import SPLITS, Members
 from lib.judge import SHIPPED
 from lib.media import check_sheet, contact_sheet, even_frames, to_rgba, to_tensor
 from lib.options import check_least
@@ -92,7 +92,7 @@ def blend(clips, mask):
 
 @torch.no_grad()
 def round_trip(vae, clips, batch):
-    """Clips (N, T, S, S, 4) uint8 encoded and decoded: as good as any output of this VAE can be."""
+    """Clips (N, T, S, S, 4) uint8 encoded and decoded: the best of frames that are drawn; given ones are copied."""
     out = np.empty_like(clips)
     for i in trange(0, len(clips), batch, desc="VAE", delay=1):
         x = vae.images(to_tensor(clips[i:i + batch])).flatten(0, 1)      # (b * T, C, S, S)
@@ -142,16 +142,15 @@ class EvalSet:
         records = pick(stickers, args.n, T, args.seed, inside)
         n, where = len(records), f"--groups {' '.join(args.groups)}, {args.data}" if args.groups else args.data
         if n < 2:
-            raise UserError(f"--split {args.split}: {n} concepts with {T} frames in {where}; at least 2 are needed")
+            there = ", ".join(f"{name} {len(pick(stickers, 10, T, 0, stickers.split == name))}" for name in SPLITS)
+            raise UserError(f"--split {args.split}: {n} concepts with {T} frames in {where}; at least 2 are needed "
+                            f"(up to 10 counted: {there}); name another split or prepare more captions")
         others = pick(stickers, n, T, args.seed, ~inside)
-        if 2 <= len(others) < n:
-            raise UserError(f"--split {args.split}: {n} clips, but {len(others)} of the other splits for the floor; a "
-                            f"distance depends on n, so choose --n {len(others)}")
         self.captions, self.files, self.concepts = ([r[key] for r in records] for key in ("caption", "file", "concept"))
         self.folder, self.extractors = Path(args.data) / "eval", extractors(args, T, self.concepts)
         self.clips, self.floor = read_clips(stickers, records, T), None
         self.real = self.features(self.folder, self.clips)
-        if len(others) == n:
+        if len(others) == n:                     # a distance depends on n; with fewer there is no floor
             other = self.features(self.folder, read_clips(stickers, others, T), DISTANT)
             self.floor = distances(self.real, other, args.seed, paired=False)
 

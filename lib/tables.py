@@ -47,7 +47,7 @@ def distance_table(tasks, vae, floor):
         rows[task] = t["fd"]
         if t["fd_copy"]:
             rows[f"copy nearest, {task}"] = t["fd_copy"]
-    rows.update({"VAE round trip": vae, "floor: real, other concepts": floor})
+    rows.update({"VAE round trip of all frames": vae, "floor: real, other concepts": floor})
     names = [*(("FVD", "FVD-inf") if "FVD" in vae else ()), "FD-app", "FD-mot"]
     cells = [[label, str(d["n"]) if d else "-", *(distance_cell(d, k) for k in names)] for label, d in rows.items()]
     return markdown(["distance to the real clips", "n", *names], cells)

@@ -195,10 +195,14 @@ def test_interval_over_seeds_is_students():
     assert (low, high) == pytest.approx((2 - 4.303 / 3 ** 0.5, 2 + 4.303 / 3 ** 0.5), abs=1e-3)
 
 
-def test_sets_that_cannot_be_measured_are_refused(world, tmp_path):
-    """More is in test_bad_input.py."""
+def test_sets_that_cannot_be_measured(world, tmp_path, capsys):
+    """The floor wants as many clips of other splits; without them the rest is measured."""
     data.main(["synthetic", "--n", "8", "--size", "20", "--out", str(tmp_path / "set")])
+    few = r"--split val: 1 concepts with 8 frames in --groups star, .*train 10, val 1, test \d"
     for more, reason in ((["--data", tmp_path / "set"], "20 px, the model makes 16"),
-                         (["--split", "train", "--n", "90"], "90 clips, but .* so choose --n")):
+                         (["--split", "val", "--groups", "star"], few)):
         with pytest.raises(UserError, match=reason):
             evaluate.main(command(world, *more))
+    evaluate.main(["--data", str(world[0]), "--run", str(world[1]), "--steps", "1", "--n", "40", "--split", "train",
+                   "--tasks", "t2v"])
+    assert "| floor: real, other concepts | - |" in capsys.readouterr().out
