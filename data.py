@@ -27,6 +27,7 @@ from lib.index import SPLITS, Chain, Index, JoinedIndex, Members
 from lib.media import MAX_DECODED, MAX_FRAMES, even_frames, to_tensor
 from lib.options import check_least, check_most
 from lib.prepare import prepare
+from lib.towers import clip_tokenizer
 
 TASKS = ("t2v", "i2v", "it2v", "interpolation", "prediction_forward", "prediction_backward")
 MAX_KEYS = 8                                     # paper Table 6: k = 3..8
@@ -181,15 +182,9 @@ def text_for(record, rng, word_dropout=0.2, keywords=0.5):
     return " ".join("#" if u < word_dropout else word for u, word in zip(rng.random(len(words)), words))
 
 
-@functools.lru_cache(1)
-def tokenizer():
-    from open_clip.tokenizer import SimpleTokenizer
-    return SimpleTokenizer(context_length=77)
-
-
 def tokenize(texts):
-    """List of B strings -> (B, 77) int64."""
-    return tokenizer()(list(texts))
+    """List of B strings -> (B, 77) int64, open_clip's tokens."""
+    return clip_tokenizer()(list(texts))
 
 
 def vocabulary(records):

@@ -1,5 +1,6 @@
 """The frozen text transformer of an open_clip model, from a local file; it is not trained and no network is used."""
 import functools
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,16 @@ from lib.weights import load_strict, read_weights
 VOCAB, LENGTH = 49408, 77                        # of CLIP's tokenizer
 PARTS = "text.", "positional_embedding", "token_embedding.", "transformer.", "ln_final."
 TOWER_PREFIXES = *PARTS, *(f"module.{part}" for part in PARTS)   # "module.": as distributed training saves a model
+
+
+@functools.lru_cache(1)
+def clip_tokenizer():
+    """open_clip's tokenizer, from its file alone: the package takes 2 s to import, most of it for torchvision."""
+    file = Path(importlib.util.find_spec("open_clip").origin).with_name("tokenizer.py")
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer(context_length=LENGTH)
 
 
 class TextTower(nn.Module):
