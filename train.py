@@ -72,6 +72,7 @@ class TrainConfig:
     zero: bool = False                    # ZeRO-1: each of several processes keeps its share of the optimiser's state
     compile: bool = False                 # torch.compile the network: minutes at the start, faster steps on a GPU
     lr: float = 1e-3                      # peak learning rate
+    embedding_lr: float = 10.0            # text.kind=small: learning rate of the token embeddings, times --lr
     lr_schedule: str = "cosine"           # cosine (to zero), constant
     warmup: int = 100                     # steps of linear warm-up
     weight_decay: float = 0.01            # AdamW
@@ -307,7 +308,8 @@ class Trainer:
         self.config, self.stage, self.run, self.net, self.ddp = config, stage, run, net, net
         self.rank, self.world, self.device, self.precision = stage.rank, stage.world, stage.device, precision
         zero = config.zero and self.world > 1
-        self.optimizer = loop.make_optimizer(net.parameters(), config.lr, config.weight_decay, zero)
+        scales = {"text.token.weight": config.embedding_lr}
+        self.optimizer = loop.make_optimizer(net, config.lr, config.weight_decay, zero, scales)
         self.parts = dict(net=net, optimizer=self.optimizer, window=loop.Window())
         if self.rank == 0:                       # who alone writes them
             self.parts["ema"] = loop.EMA(net, config.ema, config.ema_device == "cpu")
@@ -336,7 +338,7 @@ class Trainer:
     def apply(self):
         """Take the step: weights and averages."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
+            group["lr"] = learning_rate(self.config, self.step) * group["scale"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if "ema" in self.parts:
@@ -459,7 +461,7 @@ def check_options(c):
     if c.text_drop + c.cond_drop + c.both_drop > 1:
         raise UserError("--text-drop, --cond-drop and --both-drop: more than 1 in all")
     check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, seed=0, workers=0,
-                sample_every=0, warmup=0, weight_decay=0, lr=1e-12, grad_clip=1e-12)
+                sample_every=0, warmup=0, weight_decay=0, lr=1e-12, embedding_lr=0, grad_clip=1e-12)
     check_most(c, seed=2 ** 32)
     if bool(c.sample_every) != bool(c.prompts):
         raise UserError("--sample-every and --prompts: give both, steps and a file of captions, or neither")

@@ -106,8 +106,15 @@ def pick_precision(asked, net, stage):
     return choice[0]
 
 
-def make_optimizer(parameters, lr, weight_decay, zero):
-    """AdamW. zero: each process keeps the moments of its share of the parameters (ZeRO-1)."""
+def make_optimizer(net, lr, weight_decay, zero, scales):
+    """AdamW. zero: each process keeps the moments of its share of the parameters (ZeRO-1).
+
+    scales: {name: factor of the learning rate} of some parameters, which do not decay; 1 for all others."""
+    groups = {}
+    for name, p in net.named_parameters():
+        groups.setdefault(scales.get(name, 1.0), []).append(p)
+    parameters = [dict(params=members, scale=scale, weight_decay=weight_decay if scale == 1 else 0.0)
+                  for scale, members in groups.items()]
     options = dict(lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
     if zero:
         from torch.distributed.optim import ZeroRedundancyOptimizer
