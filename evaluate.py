@@ -43,7 +43,8 @@ ROOT = Path(__file__).parent
 PAPER = json.loads((ROOT / "assets/paper_tables.json").read_text())
 DISTANCES = {"FVD": ("i3d", frechet), "FD-app": ("local", fd_app), "FD-mot": ("local", fd_mot)}  # of which features
 DISTANT = {extractor for extractor, _ in DISTANCES.values()}
-SAMPLING_CODE = ("data.py", "model.py", "sample.py", "lib/autoencoder.py", "lib/media.py", "lib/cpu.py")
+SAMPLING_CODE = ("data.py", "model.py", "sample.py", "lib/autoencoder.py", "lib/media.py", "lib/cpu.py",
+                 "lib/peft.py")
 TABLES = {  # the paper's numbers of each task; Table 2 has one number for both predictions
     "1": dict(it2v="table1_it2v"), "3": dict(it2v="table3_modules_it2v"), "4": dict(it2v="table4_curriculum_it2v"),
     "2": dict(interpolation="table2_interpolation", prediction_forward="table2_prediction",

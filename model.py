@@ -8,7 +8,7 @@ DDPM (schedule); progressive distillation (v); Lin et al. 2024 (terminal).
 Shapes: a clip is (B, T, C, H, W); inside the networks frames are folded into the batch, (B*T, C, h, w), by
 `flatten(0, 1)`. `loss_mask (B, T)` is 1 where a frame is real. Every layer that mixes frames masks the others out.
 """
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
+from lib import peft
 from lib.autoencoder import VAE
 from lib.cpu import Conv3x3, Linear, attend
 from lib.files import UserError
 from lib.options import apply_changes, check_value, dataclass_from_dict
-from lib.weights import SD_PREFIXES, SD_SCALE, is_own, load_model, load_strict, read_weights, sd_vae_weights
+from lib.weights import SD_SCALE, is_own, load_adapter, load_model, load_strict, read_sd_vae
 
 END = 49407                               # open_clip's token after a caption
 UNKNOWN = 258                             # its token of the word "#"
@@ -73,7 +74,8 @@ class DFGNConfig:
     groups: int = 16                      # groups of GroupNorm
     sti_heads: int = 2                    # heads of the semantic branch
     sti_head_dim: int = 32
-    temporal: str = "sti"                 # sti: the paper's layer; conv3d: its ablation DFGN(3D-Conv)
+    temporal: str = "sti"                 # sti: the paper's layer; conv3d: its ablation DFGN(3D-Conv); none: a base
+    known: bool = True                    # given frames are an input; False: a text-to-video base (lib/peft.py)
     pool_text: bool = True                # add the mean text feature to the time embedding
 
 
@@ -178,11 +180,12 @@ def sinusoid(positions, width):
 class Clip:
     """What every layer of one forward pass shares: the sizes, the mask of real frames, time and text."""
 
-    def __init__(self, loss_mask, time, context, context_mask):
+    def __init__(self, loss_mask, time, context, context_mask, given=None):
         self.frames = loss_mask.shape[1]
         self.count = loss_mask.sum(1, keepdim=True)               # (B, 1) real frames
         self.padded = not (loss_mask.is_meta or bool(loss_mask.all()))  # nothing needs masking where no clip is padded
         self.real = loss_mask.bool()                              # (B, T)
+        self.given = given                                        # (B, T): the condition mask
         self.scale = loss_mask.flatten()[:, None, None, None]     # (B*T, 1, 1, 1)
         self.time = time                                          # (B, time width), after SiLU
         self.context, self.context_mask = context, context_mask   # (B, L, D), (B, L) or None
@@ -300,13 +303,20 @@ class SpatialTransformer(nn.Module):
         self.ff = GEGLU(width, c.ff_mult)
         self.proj_out = zero_(Linear(width, width))
 
-    def forward(self, x, clip):
-        h = recompute(lambda x: self.proj_in(self.norm_in(x).flatten(2).transpose(1, 2)), x)  # (B*T, h*w, C)
-        h = h + self.attn(h, norm=self.norms[0])
+    def enter(self, x):
+        return recompute(lambda x: self.proj_in(self.norm_in(x).flatten(2).transpose(1, 2)), x)  # (B*T, h*w, C)
+
+    def read_text(self, h, clip):
         h = h.unflatten(0, (-1, clip.frames)).flatten(1, 2)  # (B, T*h*w, C): one K, V a clip
-        h = h + self.cross(h, clip.context, clip.context_mask, self.norms[1])
-        h = self.proj_out(h + self.ff(h, self.norms[2])).view(*x.shape[:1], -1, x.shape[1])
-        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+        return h + self.cross(h, clip.context, clip.context_mask, self.norms[1])
+
+    def leave(self, x, h):
+        return x + self.proj_out(h).view(len(x), -1, x.shape[1]).transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def forward(self, x, clip):
+        h = self.enter(x)
+        h = self.read_text(h + self.attn(h, norm=self.norms[0]), clip)
+        return self.leave(x, h + self.ff(h, self.norms[2]))
 
 
 class TemporalTransformer(nn.Module):
@@ -335,19 +345,22 @@ class TemporalTransformer(nn.Module):
 
 
 class Layer(nn.Module):
-    """resnet -> STI -> spatial transformer -> temporal transformer; the lowest level stops after STI."""
+    """resnet -> STI -> spatial transformer -> temporal transformer; the lowest level stops after STI.
+
+    The bases of the compared methods have no STI: it normalises at its end, so that none is an identity at first."""
 
     def __init__(self, cin, cout, time_width, c, attend):
         super().__init__()
         self.resnet = Resnet(cin, cout, time_width, c.groups)
-        self.sti = {"sti": STI, "conv3d": Conv3D}[c.temporal](cout, c)
+        self.sti = {"sti": STI, "conv3d": Conv3D}[c.temporal](cout, c) if c.temporal != "none" else None
         if attend:
             self.spatial = SpatialTransformer(cout, c)
             self.temporal = TemporalTransformer(cout, cout // c.head_dim, c.head_dim, c)
         self.attend = attend
 
     def forward(self, x, clip):
-        x = self.sti(self.resnet(x, clip), clip)
+        x = self.resnet(x, clip)
+        x = self.sti(x, clip) if self.sti else x
         return self.temporal(self.spatial(x, clip), clip) if self.attend else x
 
 
@@ -387,10 +400,11 @@ class DFGN(nn.Module):
         self.config, self.checkpointing = c, checkpointing
         w, n = c.widths, len(c.widths)
         self.time_width = wide = 4 * w[0]
-        self.known = KnownEncoder(c.channels)
+        self.known = KnownEncoder(c.channels) if c.known else None
+        self.condition = None  # given frames' input of a base that is tuned (lib/peft.py)
         self.time = nn.Sequential(nn.Linear(w[0], wide), nn.SiLU(), nn.Linear(wide, wide))
         self.text_pool = nn.Linear(c.text_width, wide) if c.pool_text else None
-        self.stem = nn.Conv2d(2 * c.channels, w[0], 3, padding=1)
+        self.stem = nn.Conv2d((1 + c.known) * c.channels, w[0], 3, padding=1)
         self.stem_temporal = TemporalTransformer(w[0], c.stem_heads, c.head_dim, c)
 
         def make(cin, cout, level):
@@ -432,9 +446,12 @@ class DFGN(nn.Module):
         return layer(x, clip)
 
     def forward(self, z_t, t, context, known, cond_mask, loss_mask, context_mask=None):
-        clip = Clip(loss_mask, self.embed_time(t, context, context_mask), context, context_mask)
-        x = torch.cat([z_t.flatten(0, 1), self.known(known, cond_mask, clip)], 1)  # (B*T, 2c, h, w)
-        x = self.run(self.stem_temporal, self.stem(x), clip)
+        clip = Clip(loss_mask, self.embed_time(t, context, context_mask), context, context_mask, cond_mask)
+        x = z_t.flatten(0, 1)
+        x = self.stem(torch.cat([x, self.known(known, cond_mask, clip)], 1) if self.known else x)
+        if self.condition:
+            x = x + self.condition(known, cond_mask)
+        x = self.run(self.stem_temporal, x, clip)
         skips = [x]
         for level, layers in enumerate(self.down):
             for layer in layers:
@@ -554,6 +571,7 @@ class RDTF(nn.Module):
         self.text = TextEncoder(config.text) if config.text.kind == "small" else None
         self.dfgn = DFGN(config.dfgn)
         self.diffusion = Diffusion(config.diffusion)
+        self.replace_given = False  # I2V-Adapter: given frames stand in z_t themselves, and have no loss
 
     def encode_text(self, tokens):
         """tokens (B, L) -> features (B, L', D), mask (B, L'). A frozen tower's features pass, with mask None."""
@@ -562,7 +580,10 @@ class RDTF(nn.Module):
     def predict(self, z_t, t, context, context_mask, z_known, cond_mask, loss_mask):
         """The network's output (B, T, c, h, w), float32. z_known: the given frames' latents where cond_mask is 1."""
         cond_mask = cond_mask * loss_mask  # padding is never given
-        known = z_known.where(cond_mask[:, :, None, None, None] > 0, 0)
+        given = cond_mask[:, :, None, None, None] > 0
+        known = z_known.where(given, 0)
+        if self.replace_given:
+            z_t = z_known.where(given, z_t)
         return self.dfgn(z_t, t, context, known, cond_mask, loss_mask, context_mask).float()
 
     def eps(self, z_t, t, context, context_mask, z_known, cond_mask, loss_mask):
@@ -574,7 +595,8 @@ class RDTF(nn.Module):
         z_t = self.diffusion.add_noise(z0, noise, t)
         pred = self.predict(z_t, t, *self.encode_text(tokens), z0, cond_mask, loss_mask)
         error = ((pred - self.diffusion.target(z0, noise, t)) ** 2).mean((2, 3, 4))  # (B, T)
-        return self.diffusion.weight(t) * (error * loss_mask).sum(1) / loss_mask.sum(1)
+        counted = loss_mask * (1 - cond_mask) if self.replace_given else loss_mask
+        return self.diffusion.weight(t) * (error * counted).sum(1) / counted.sum(1)
 
 
 # ---- presets, files
@@ -595,6 +617,10 @@ PRESETS = {
                         text_width=1024, groups=32, sti_heads=8, sti_head_dim=32, pool_text=False),
         diffusion=DiffusionConfig(prediction="eps", terminal=0.0, max_weight=0.0)),
 }
+BASE = dict(temporal="none", known=False)  # what the compared methods tune: 1.3 times the parameters of RDTF
+for name, of, changes in (("tiny-base", "tiny", {}), ("base", "mini", dict(widths=(112, 224), ff_mult=3)),
+                          ("paper-base", "paper", dict(widths=(384, 768, 1280, 1280)))):
+    PRESETS[name] = replace(PRESETS[of], name=name, dfgn=replace(PRESETS[of].dfgn, **BASE, **changes))
 
 
 def check_config(config):
@@ -629,7 +655,11 @@ def preset(name, changes=()):
 
 
 def load_rdtf(path):
-    """(RDTF in eval mode, metadata) of a model.safetensors that train.py wrote. UserError for any other file."""
+    """(RDTF in eval mode, metadata) of a model.safetensors that train.py wrote. UserError for any other file.
+
+    An adapter's file names its base, which is loaded first."""
+    if is_own(path, "adapter"):
+        return load_adapter(path, load_rdtf, peft.inject)
     return load_model(path, "dfgn", lambda config: RDTF(Config.from_dict(config)), "train one with `python train.py`")
 
 
@@ -642,11 +672,7 @@ def load_vae(path):
         def build(config):
             return VAE(Config.from_dict(dict(vae=config["vae"])).vae)
         return load_model(path, "vae", build, "train one with `python train.py --stage vae`")
-    try:
-        weights = sd_vae_weights(read_weights(path, "--vae", SD_PREFIXES))
-    except ValueError as error:
-        raise UserError(f"--vae {path}: {error}") from None
-    net = VAE(SD_VAE)
+    weights, net = read_sd_vae(path), VAE(SD_VAE)
     weights.update(latent_mean=net.latent_mean, latent_std=torch.full_like(net.latent_std, 1 / SD_SCALE))
     metadata = dict(kind="vae", config=dict(vae=asdict(SD_VAE)), any_size=True)
     return load_strict(net, weights, "--vae", path), metadata
@@ -665,6 +691,12 @@ def main():
         print(f"{name}: DFGN {count(model.dfgn) / 1e6:.1f} M, text {text}, VAE {count(vae) / 1e6:.2f} M")
         for part, kind in kinds.items():
             print(f"    {part:9}{sum(count(m) for m in model.dfgn.modules() if isinstance(m, kind)) / 1e6:8.2f} M")
+        for method in peft.METHODS if not config.dfgn.known else ():
+            with torch.device("meta"):
+                tuned = RDTF(config)
+                peft.inject(tuned, method)
+            trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+            print(f"    {method:21}{count(tuned.dfgn) / 1e6:8.2f} M, trained {trained / 1e6:.2f} M")
 
 
 if __name__ == "__main__":

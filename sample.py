@@ -22,6 +22,7 @@ from lib.cpu import keep_memory
 from lib.files import UserError, file_hash, run_cli
 from lib.options import check_least, flag
 from lib.towers import tower_for
+from lib.weights import find_file
 from model import END, load_rdtf, load_vae
 
 DEFAULTS = dict(steps=50, eta=1.0, text_scale=7.5, image_scale=7.5)     # paper Table 6
@@ -91,21 +92,15 @@ def ddim(net, tokens, known, cond_mask, rngs, steps, eta, text_scale, image_scal
     return z
 
 
-def find_vae(model, file):
-    """The VAE that a model names, also where the training's folder is not the current one. UserError: it is gone."""
-    for folder in (Path(), *Path(model).resolve().parents):
-        if (folder / file).is_file():
-            return folder / file
-    raise UserError(f"{model}: its VAE, {file}, is not there; name it with --vae")
-
-
 class Sampler:
     """A trained network with its VAE and, if it was trained with one, its text tower."""
 
     def __init__(self, model, vae=None, device=None, clip_weights=None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         net, self.meta = load_rdtf(model)
-        vae = vae or find_vae(model, self.meta["vae_file"])
+        vae = vae or find_file(model, self.meta["vae_file"])
+        if not vae:
+            raise UserError(f"{model}: its VAE, {self.meta['vae_file']}, is not there; name it with --vae")
         decoder, _ = load_vae(vae)
         if file_hash(vae) != self.meta["vae"]:
             raise UserError(f"--vae {vae}: not the VAE that {model} was trained with")

@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=2 train.py ...                      # CPU (gloo) or CUDA (nccl)
     python train.py --set dfgn.temporal=conv3d --out runs/conv3d  # any field of model.Config
     python train.py --base other.safetensors --out runs/tuned     # start from another run of this preset and VAE
+    python train.py --preset base --method simda --base base.safetensors --out runs/simda  # a compared method
     torchrun --nproc_per_node=8 train.py --preset paper --data data/vsd2m --vae sd-vae.safetensors \\
         --clip-weights open_clip_pytorch_model.bin
 
@@ -32,7 +33,7 @@ from tqdm import tqdm
 import data
 from curriculum import MODES, Curriculum
 from data import TASKS, rng_for
-from lib import loop
+from lib import loop, peft
 from lib.autoencoder import measure_latents, vae_psnr
 from lib.checkpoints import append, check_equal, check_same_config, lock_run, states, write_config
 from lib.distributed import gather, on_all_ranks, setup
@@ -41,7 +42,7 @@ from lib.media import contact_sheet, to_tensor
 from lib.options import check_least, check_most, check_shares, check_words, flag, parse_fields
 from lib.sources import read_caption
 from lib.towers import cache_features, name_tower
-from lib.weights import save_model
+from lib.weights import read_own, save_model
 from model import RDTF, VAE, load_rdtf, load_vae, preset
 from sample import Sampler
 
@@ -49,7 +50,7 @@ COMPILER = "inductor"                     # torch.compile's backend; the tests t
 MAY_CHANGE = {"workers", "log_every", "save_every", "sample_every", "prompts", "out", "accumulate", "checkpointing",
               "zero", "compile",
               "ema_device", "precision",  # when a run goes on; and these, whose hashes must be the same:
-              "data", "vae", "base", "clip_weights", "clip_model"}
+              "data", "vae", "base", "absorber", "clip_weights", "clip_model"}
 
 
 @dataclass
@@ -62,6 +63,9 @@ class TrainConfig:
     set: list = field(default_factory=list)  # fields of the preset to change, as part.field=value
     vae: str = "runs/vae/model.safetensors"  # VAE of the dfgn stage: of the vae stage, or Stable Diffusion's weights
     base: str = ""                        # dfgn: model.safetensors of this preset and VAE to start from; none: random
+    method: str = "rdtf"                  # rdtf (all is trained), or what tunes --base: see lib/peft.py
+    rank: int = 16                        # of LoRA
+    absorber: str = ""                    # customize_a_video: model.safetensors of --method appearance_lora
     clip_weights: str = ""                # text.kind=open_clip: its weights, a file or a folder with a configuration
     clip_model: str = "ViT-H-14"          # open_clip's name of the model of that file; a folder says it itself
     text_variants: int = 4                # text.kind=open_clip: texts of a sticker, drawn once
@@ -170,7 +174,7 @@ class DFGNStage(VAEStage):
     def __init__(self, config, rank, world, device):
         super().__init__(config, rank, world, device)
         self.curriculum = Curriculum(config.curriculum, config.steps, tasks=config.tasks)
-        self.tower = self.texts = self.base = None
+        self.tower = self.texts = self.base = self.absorber = None
         if (self.preset.text.kind == "open_clip") != bool(config.clip_weights):
             raise UserError(f"--clip-weights {config.clip_weights}: a local file where text.kind is open_clip, nothing "
                             f"elsewhere; with these options it is {self.preset.text.kind}")
@@ -184,6 +188,9 @@ class DFGNStage(VAEStage):
         if config.base:
             self.base = load_base(config.base, self.preset, self.inputs)
             self.inputs["base"] = file_hash(config.base)
+        if config.absorber:
+            self.absorber = load_absorber(config.absorber, config.rank, self.inputs["base"])
+            self.inputs["absorber"] = file_hash(config.absorber)
         if not self.tower:
             words = self.base["text.vocabulary"] if self.base else data.vocabulary(self.stickers.records)
             self.vocabulary = torch.as_tensor(words)
@@ -217,6 +224,9 @@ class DFGNStage(VAEStage):
         elif net.text:
             net.text.vocabulary.copy_(self.vocabulary)
         self.base = None                      # as large as the network
+        if self.config.method != "rdtf":
+            peft.inject(net, self.config.method, self.config.rank, self.absorber)
+            self.adapter = net.adapter
         net.dfgn.checkpointing = self.config.checkpointing
         return net.to(self.device)
 
@@ -250,8 +260,12 @@ class DFGNStage(VAEStage):
         return torch.from_numpy(self.features[places].astype(np.float32))
 
     def finish(self, weights):
-        tower = dict(text=self.tower) if self.tower else {}
-        return weights, dict(vae=self.inputs["vae"], vae_file=str(self.config.vae), **tower)
+        c, tower = self.config, dict(text=self.tower) if self.tower else {}
+        facts = dict(vae=self.inputs["vae"], vae_file=str(c.vae), **tower)
+        if c.method != "rdtf":
+            facts.update(kind="adapter", method=c.method, rank=c.rank, base=self.inputs["base"], base_file=str(c.base))
+            weights = {name: weights[name] for name in self.adapter}
+        return weights, facts
 
 
 STAGES = {"vae": VAEStage, "dfgn": DFGNStage}
@@ -265,6 +279,15 @@ def load_base(path, config, inputs):
     if (meta["vae"], meta.get("text", {}).get("hash")) != (inputs["vae"], inputs.get("clip_weights")):
         raise UserError(f"--base {path}: trained with another VAE or text tower than --vae or --clip-weights")
     return base.state_dict()
+
+
+def load_absorber(path, rank, base):
+    """Weights of a run of appearance_lora, which must be of this rank and base (its hash)."""
+    meta, weights = read_own(path, "adapter", "train one with --method appearance_lora")
+    if (meta["method"], meta["rank"], meta["base"]) != ("appearance_lora", rank, base):
+        raise UserError(f"--absorber {path}: {meta['method']} of rank {meta['rank']}; appearance_lora of --rank {rank} "
+                        "on the same --base is needed")
+    return weights
 
 
 def read_prompts(path):
@@ -387,8 +410,8 @@ class Trainer:
     def write(self):
         append(self.run / "log.jsonl", durably=True)  # the checkpoint says that its lines are there
         weights, extra = self.stage.finish(self.parts["ema"].weights)
-        save_model(self.run / "model.safetensors", weights, kind=self.config.stage, step=self.step,
-                   config=self.stage.preset.to_dict(), **extra)
+        facts = dict(kind=self.config.stage, step=self.step, config=self.stage.preset.to_dict())
+        save_model(self.run / "model.safetensors", weights, **{**facts, **extra})
         loop.save_state(self.run, self.step, self.parts)  # last: its step says what is done
 
 
@@ -450,9 +473,9 @@ def train(config, stack):
 def check_options(c):
     """Refuse unknown words and numbers that make no sense, before anything slow."""
     loop.check_launch()
-    check_words(c, stage=STAGES, lr_schedule=("cosine", "constant"), how=("kmeans", "even", "mixed"),
-                frames=("step", "sample", "full"), ema_device=("same", "cpu"), precision=("auto", "bf16", "float32"),
-                curriculum=MODES, tasks=TASKS)
+    check_words(c, stage=STAGES, method=("rdtf", *peft.METHODS), curriculum=MODES, tasks=TASKS,
+                how=("kmeans", "even", "mixed"), frames=("step", "sample", "full"), ema_device=("same", "cpu"),
+                precision=("auto", "bf16", "float32"), lr_schedule=("cosine", "constant"))
     if not c.data:
         raise UserError("--data: name a prepared set, or several")
     if len(c.still_share) not in (1, 2):
@@ -461,13 +484,30 @@ def check_options(c):
     if c.text_drop + c.cond_drop + c.both_drop > 1:
         raise UserError("--text-drop, --cond-drop and --both-drop: more than 1 in all")
     check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, seed=0, workers=0,
-                sample_every=0, warmup=0, weight_decay=0, lr=1e-12, embedding_lr=0, grad_clip=1e-12)
+                sample_every=0, warmup=0, rank=1, weight_decay=0, lr=1e-12, embedding_lr=0, grad_clip=1e-12)
     check_most(c, seed=2 ** 32)
     if bool(c.sample_every) != bool(c.prompts):
         raise UserError("--sample-every and --prompts: give both, steps and a file of captions, or neither")
+    check_method(c)
     for name in ("checkpointing", "clip_weights", "base", "prompts"):
         if getattr(c, name) and c.stage == "vae":
             raise UserError(f"{flag(name)}: for the dfgn stage alone; leave it out")
+
+
+def check_method(c):
+    """Refuse what does not go with --method."""
+    dfgn = preset(c.preset, c.set).dfgn
+    if c.method != "rdtf" and (dfgn.known or dfgn.temporal != "none"):
+        raise UserError(f"--method {c.method}: tunes a base; name its --preset, such as base")
+    if c.method != "rdtf" and not c.base:
+        raise UserError(f"--method {c.method}: name the model.safetensors that it tunes by --base")
+    if (c.method in peft.ON_CLIPS) != bool(c.absorber):
+        raise UserError(f"--absorber {c.absorber}: a run of appearance_lora, which {' and '.join(peft.ON_CLIPS)} need "
+                        "and no other --method takes")
+    if c.method in peft.ON_STILLS and set(c.still_share) != {1}:
+        raise UserError(f"--method {c.method}: trained on single frames alone; give --still-share 1")
+    if c.method in peft.ON_CLIPS and set(c.still_share) != {0}:
+        raise UserError(f"--method {c.method}: attention over one frame learns nothing; give --still-share 0")
 
 
 def main(argv=None):

@@ -112,7 +112,8 @@ def make_optimizer(net, lr, weight_decay, zero, scales):
     scales: {name: factor of the learning rate} of some parameters, which do not decay; 1 for all others."""
     groups = {}
     for name, p in net.named_parameters():
-        groups.setdefault(scales.get(name, 1.0), []).append(p)
+        if p.requires_grad:
+            groups.setdefault(scales.get(name, 1.0), []).append(p)
     parameters = [dict(params=members, scale=scale, weight_decay=weight_decay if scale == 1 else 0.0)
                   for scale, members in groups.items()]
     options = dict(lr=lr, weight_decay=weight_decay, betas=(0.9, 0.99), fused=True)
@@ -175,7 +176,7 @@ class EMA:
     def update(self, step):
         """Move towards the network's weights; the decay rises over the first steps."""
         share = 1 - min(self.decay, (1 + step) / (10 + step))
-        named = dict(self.net.named_parameters())
+        named = {k: p for k, p in self.net.named_parameters() if p.requires_grad}
         if not self.host:
             torch._foreach_lerp_([self.weights[k] for k in named], list(named.values()), share)
             return

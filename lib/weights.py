@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lib.files import UserError, atomic_write, first_line
+from lib.files import UserError, atomic_write, file_hash, first_line
 
 # ---- reading
 
@@ -105,30 +105,31 @@ def read_metadata(path):
         return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
 
 
-def is_own(path):
-    """True for a file that save_model wrote."""
+def is_own(path, kind=None):
+    """True for a file that save_model wrote, of a kind if one is named."""
     try:
         with safe_open(str(path), "pt") as file:
-            return "kind" in (file.metadata() or {})
+            found = (file.metadata() or {}).get("kind")
     except (SafetensorError, OSError):
         return False
+    return found is not None and kind in (None, found.strip('"'))
 
 
 def check_metadata(path, metadata, kind):
     """UserError for metadata that train.py does not write for this kind of model."""
     if metadata.get("kind") != kind:
         raise UserError(f"{path}: holds {metadata.get('kind', 'something else')!r}, {kind!r} is needed")
-    types = dict(config=dict, step=int, **(dict(vae=str, vae_file=str) if kind == "dfgn" else {}))
+    types = dict(config=dict, step=int, **(dict(vae=str, vae_file=str) if kind != "vae" else {}),
+                 **(dict(method=str, rank=int, base=str, base_file=str) if kind == "adapter" else {}))
     wrong = [name for name, wanted in types.items() if type(metadata.get(name)) is not wanted]
     if wrong:
         raise UserError(f"{path}: not what train.py writes (metadata.{wrong[0]} is missing or of another type)")
 
 
-def load_model(path, kind, build, advice):
-    """(network in eval mode and frozen, metadata) of a file that train.py wrote; UserError for any other.
+def read_own(path, kind, advice):
+    """(metadata, weights) of a file that train.py wrote; UserError for any other.
 
-    kind: "vae" or "dfgn". build(configuration) -> network; it runs on the meta device first, which takes no memory.
-    advice: end of the message where there is no file."""
+    kind: "vae", "dfgn" or "adapter". advice: end of the message where there is no file."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such model; {advice}")
     try:
@@ -136,6 +137,14 @@ def load_model(path, kind, build, advice):
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not a readable .safetensors model ({first_line(error)})") from None
     check_metadata(path, metadata, kind)
+    return metadata, weights
+
+
+def load_model(path, kind, build, advice):
+    """(network in eval mode and frozen, metadata) of a file that train.py wrote; UserError for any other.
+
+    build(configuration) -> network; it runs on the meta device first, which takes no memory."""
+    metadata, weights = read_own(path, kind, advice)
     config = metadata["config"]
     try:
         parts = [part for part in config.values() if isinstance(part, dict)]
@@ -148,6 +157,31 @@ def load_model(path, kind, build, advice):
         raise UserError(f"{path}: its configuration is not of this version of model.py ({reason})") from None
     check_fit(net, weights, "", path)
     return load_strict(build(config), weights, "", path), metadata
+
+
+def load_adapter(path, load_base, inject):
+    """(network in eval mode and frozen, metadata) of an adapter's file, beside the base that it names. UserError.
+
+    load_base(path) -> (network, metadata); inject as lib.peft's."""
+    metadata, weights = read_own(path, "adapter", "")
+    base = find_file(path, metadata["base_file"])
+    if not base:
+        raise UserError(f"{path}: tunes {metadata['base_file']}, which is not there; put the base at that place")
+    if file_hash(base) != metadata["base"]:
+        raise UserError(f"{path}: tunes another base than {base}, which has changed")
+    net, of_base = load_base(base)
+    try:
+        inject(net, metadata["method"], metadata["rank"])
+    except (ValueError, LookupError) as error:
+        raise UserError(f"{path}: does not fit {base} ({first_line(error)})") from None
+    frozen = {k: w for k, w in net.state_dict().items() if k not in net.adapter}
+    return load_strict(net, {**frozen, **weights}, "", path), {**of_base, **metadata}
+
+
+def find_file(model, file):
+    """A file that a model names, also where the training's folder is not the current one; None: it is gone."""
+    folders = (Path(), *Path(model).resolve().parents)
+    return next((folder / file for folder in folders if (folder / file).is_file()), None)
 
 
 # ---- Stable Diffusion's VAE
@@ -182,3 +216,11 @@ def sd_vae_weights(weights, levels=4):
         is_conv = ".attentions." in ours and w.shape[2:] == (1, 1)       # CompVis's attention; ours is linear
         named[ours] = w.flatten(1) if is_conv else w
     return named
+
+
+def read_sd_vae(path):
+    """{name: tensor} of the VAE in a file of Stable Diffusion's weights. UserError for any other."""
+    try:
+        return sd_vae_weights(read_weights(path, "--vae", SD_PREFIXES))
+    except ValueError as error:
+        raise UserError(f"--vae {path}: {error}") from None

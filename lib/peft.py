@@ -1,0 +1,229 @@
+"""The methods that the paper compares with, on this repository's own UNet: parameter-efficient tuning of a larger base.
+
+I2V-Adapter (arXiv 2312.16693), SimDA (2308.09710) and Customize-A-Video (2402.14780), written from their papers. A base
+(presets `base`, `paper-base`) is a text-to-video DFGN without STI and without an input for given frames. `inject` is
+called after the base's weights are loaded and before optimiser and averages are made:
+
+    full                  everything is trained: the control that separates few parameters from what the base knows
+    i2v_adapter           a second attention in every spatial self-attention, onto the nearest given frame
+    simda                 bottlenecks beside frozen blocks, shifted attention; the base's temporal layers are left out
+    appearance_lora       Customize-A-Video's first stage, on stills: LoRA of spatial attention, no temporal layers
+    customize_a_video     its second: LoRA of temporal attention on clips; the first stage's is dropped afterwards
+    customize_a_video_st  the same, the first stage's is kept
+
+Given frames enter through a convolution beside the stem that starts at zero; for I2V-Adapter they stand in z_t itself.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lib.cpu import Linear, attend
+
+METHODS = ("full", "i2v_adapter", "simda", "appearance_lora", "customize_a_video", "customize_a_video_st")
+ON_STILLS = ("appearance_lora",)          # trained on single frames alone
+ON_CLIPS = ("customize_a_video", "customize_a_video_st")  # on clips alone: attention over one frame has no gradient
+
+
+def zero_(module):
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+# ---- given frames
+class Condition(nn.Module):
+    """Given frames and their mask -> what is added behind the stem; zero at first."""
+
+    def __init__(self, channels, width):
+        super().__init__()
+        self.conv = zero_(nn.Conv2d(channels + 1, width, 3, padding=1))
+
+    def forward(self, known, cond_mask):
+        """known (B, T, c, h, w), cond_mask (B, T) -> (B*T, width, h, w)."""
+        given = cond_mask[:, :, None, None, None].expand(-1, -1, 1, *known.shape[3:])
+        return self.conv(torch.cat([known, given], 2).flatten(0, 1))
+
+
+class Skip(nn.Module):
+    """In the place of a temporal layer that is left out."""
+
+    def forward(self, x, clip):
+        return x
+
+
+# ---- I2V-Adapter
+def nearest(cond_mask):
+    """(B, T) mask -> (B, T) number of each frame's nearest given frame (ties: the earlier); 0 where none is given."""
+    places = torch.arange(cond_mask.shape[1], device=cond_mask.device)
+    distance = (places[:, None] - places).abs() + len(places) * (cond_mask[:, None, :] == 0)    # (B, T, T)
+    return distance.argmin(-1)
+
+
+class CrossFrame(nn.Module):
+    """A spatial transformer whose self-attention has a second branch: own queries, the frozen keys and values of the
+    nearest given frame, own output, which starts at zero. Without given frames the branch is off."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        inner, width = base.attn.to_q.weight.shape
+        self.to_q, self.to_out = Linear(width, inner, bias=False), zero_(Linear(inner, width))
+        self.to_q.weight.data.copy_(base.attn.to_q.weight)
+
+    def branch(self, h, clip):
+        """h (B*T, cells, C), normalised -> the same shape."""
+        attn, (B, T) = self.base.attn, clip.given.shape
+        rows = nearest(clip.given) + T * torch.arange(B, device=h.device)[:, None]
+        k, v = attn.to_kv(h[rows.flatten()]).chunk(2, -1)
+        out = attend(*(attn.split(x) for x in (self.to_q(h), k, v)))
+        on = clip.given.amax(1).repeat_interleave(T)[:, None, None]
+        return self.to_out(out.transpose(1, 2).flatten(2)) * on.to(h.dtype)
+
+    def forward(self, x, clip):
+        base = self.base
+        h = base.enter(x)
+        normed = base.norms[0](h)
+        h = base.read_text(h + (base.attn(normed) + self.branch(normed, clip)), clip)
+        return base.leave(x, h + base.ff(h, base.norms[2]))
+
+
+# ---- SimDA
+class Bottleneck(nn.Sequential):
+    """Tokens d -> d / 4 -> d; its output starts at zero."""
+
+    def __init__(self, width):
+        super().__init__(Linear(width, width // 4), nn.GELU(), zero_(Linear(width // 4, width)))
+
+
+class ShiftedSpatial(nn.Module):
+    """A spatial transformer whose keys and values are those of a frame and of the one before (of the first, twice its
+    own); one bottleneck behind the self-attention, one beside the feed-forward."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, width = base, base.attn.to_q.in_features
+        self.attention, self.feed_forward = Bottleneck(width), Bottleneck(width)
+
+    def forward(self, x, clip):
+        base = self.base
+        h = base.enter(x)
+        normed = base.norms[0](h)
+        frames = normed.unflatten(0, (-1, clip.frames))                  # (B, T, cells, C)
+        before = torch.cat([frames[:, :1], frames[:, :-1]], 1).flatten(0, 1)
+        a = base.attn(normed, torch.cat([normed, before], 1))
+        h = base.read_text(h + a + self.attention(a), clip)
+        return base.leave(x, h + base.ff(h, base.norms[2]) + self.feed_forward(base.norms[2](h)))
+
+
+class TemporalAdapter(nn.Module):
+    """A resnet, then d -> d / 2, a depthwise (3, 1, 1) convolution, d / 2 -> d, added; zero at first."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, width = base, base.conv2.out_channels
+        self.down, self.up = nn.Conv2d(width, width // 2, 1), zero_(nn.Conv2d(width // 2, width, 1))
+        self.conv = nn.Conv1d(width // 2, width // 2, 3, padding=1, groups=width // 2)
+
+    def forward(self, x, clip):
+        x = self.base(x, clip)
+        h = clip.zero_padding(self.down(x))
+        h = h.unflatten(0, (-1, clip.frames)).permute(0, 3, 4, 2, 1)     # (B, h, w, d / 2, T)
+        h = self.conv(h.flatten(0, 2)).unflatten(0, h.shape[:3]).permute(0, 4, 3, 1, 2)
+        return x + self.up(h.flatten(0, 1))
+
+
+# ---- Customize-A-Video
+class LoRA(nn.Module):
+    """A frozen linear layer plus the product B A of each of its `parts` (key and value are one layer here); B = 0."""
+
+    def __init__(self, base, rank, parts=1):
+        super().__init__()
+        self.base, self.rank = base, rank
+        self.down = nn.Parameter(torch.empty(parts, rank, base.in_features))
+        self.up = nn.Parameter(torch.zeros(parts, base.out_features // parts, rank))
+        nn.init.normal_(self.down, std=base.in_features ** -0.5)
+
+    def change(self):
+        """What is added to the layer's weight; alpha = rank, so that its scale is 1."""
+        return (self.up @ self.down).flatten(0, 1)
+
+    def forward(self, x):
+        return self.base(x) + F.linear(x, self.change())
+
+
+def add_lora(attention, rank):
+    for name, parts in (("to_q", 1), ("to_kv", 2), ("to_out", 1)):
+        setattr(attention, name, LoRA(getattr(attention, name), rank, parts))
+
+
+# ---- one option
+def layers(dfgn):
+    """All layers of a DFGN, and those with transformers: not the ones of the lowest level."""
+    found = [layer for level in (*dfgn.down, dfgn.mid, *dfgn.up) for layer in level]
+    return found, [layer for layer in found if layer.attend]
+
+
+def skip_temporal(dfgn):
+    """Make a text-to-image network of a base."""
+    dfgn.stem_temporal = Skip()
+    for layer in layers(dfgn)[1]:
+        layer.temporal = Skip()
+
+
+def add_cross_frame(dfgn, rank):
+    for layer in layers(dfgn)[1]:
+        layer.spatial = CrossFrame(layer.spatial)
+
+
+def add_simda(dfgn, rank):
+    skip_temporal(dfgn)
+    for layer in layers(dfgn)[0]:
+        layer.resnet = TemporalAdapter(layer.resnet)
+    for layer in layers(dfgn)[1]:
+        layer.spatial = ShiftedSpatial(layer.spatial)
+
+
+def add_spatial_lora(dfgn, rank):
+    for layer in layers(dfgn)[1]:
+        add_lora(layer.spatial.attn, rank)
+        add_lora(layer.spatial.cross, rank)
+
+
+def add_temporal_lora(dfgn, rank):
+    for temporal in (dfgn.stem_temporal, *(layer.temporal for layer in layers(dfgn)[1])):
+        for attention in temporal.attns:
+            add_lora(attention, rank)
+
+
+ATTACH = {"full": lambda dfgn, rank: None, "i2v_adapter": add_cross_frame, "simda": add_simda,
+          "appearance_lora": lambda dfgn, rank: skip_temporal(dfgn), **dict.fromkeys(ON_CLIPS, add_temporal_lora)}
+
+
+def inject(net, method, rank=16, absorber=None):
+    """Freeze an RDTF that is a base, and attach what a method trains; net.adapter: the names that its file holds.
+
+    absorber: {name: weight} of the first stage's LoRA, frozen here; the second stage is trained beside it.
+    ValueError: no base, or an absorber of other shapes."""
+    c = net.config.dfgn
+    if c.known or c.temporal != "none":
+        raise ValueError("a base has dfgn.known=false and dfgn.temporal=none")
+    net.requires_grad_(method == "full")
+    base = {id(p): p for p in net.parameters()} if method != "full" else {}  # held, so that no number is used again
+
+    def added():
+        return {name: p for name, p in net.named_parameters() if id(p) not in base}
+    if absorber or method in ("appearance_lora", "customize_a_video_st"):
+        add_spatial_lora(net.dfgn, rank)
+    first = added() if method != "full" else {}
+    if absorber:
+        if {k: w.shape for k, w in absorber.items()} != {k: p.shape for k, p in first.items()}:
+            raise ValueError(f"not LoRA of rank {rank} for this base")
+        net.load_state_dict(absorber, strict=False)
+        for p in first.values():
+            p.requires_grad_(False)
+    ATTACH[method](net.dfgn, rank)
+    if method == "i2v_adapter":
+        net.replace_given = True
+    elif method != "appearance_lora":
+        net.dfgn.condition = Condition(c.channels, c.widths[0])
+    net.adapter = [name for name in added() if method != "customize_a_video" or name not in first]

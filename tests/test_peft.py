@@ -1,0 +1,319 @@
+"""lib/peft.py: the compared methods begin as their base, train what they should alone, and travel as files."""
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import run_train
+
+import data
+from lib import loop, peft
+from lib.files import UserError, file_hash
+from lib.weights import read_metadata, read_weights
+from model import END, PRESETS, RDTF, Config, load_rdtf
+from sample import Sampler
+
+BASE = replace(PRESETS["tiny-base"], text=replace(PRESETS["tiny-base"].text, vocab=600),
+               vae=replace(PRESETS["tiny-base"].vae, size=32))              # 4 x 4 cells, and 2 x 2 in the middle
+TUNED = [method for method in peft.METHODS if method != "full"]
+GIVEN = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def base_net():
+    """A base whose zero layers are not zero, as after training."""
+    torch.manual_seed(0)
+    net = RDTF(BASE)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1) if p.dim() < 2 or not p.any() else None
+    return net.eval()
+
+
+def tuned(method, **options):
+    net = base_net()
+    peft.inject(net, method, rank=4, **options)
+    return net.eval()
+
+
+def inputs(T=4, given=GIVEN, real=None):
+    g = torch.Generator().manual_seed(1)
+    z0, noise = torch.randn(2, 2, 4, BASE.dfgn.channels, BASE.vae.side, BASE.vae.side, generator=g)[:, :, :T]
+    mask = torch.ones(2, T) if real is None else real
+    return dict(z0=z0, noise=noise.clone(), t=torch.tensor([300, 800]),
+                tokens=torch.tensor([[5, 9, END], [7, 2, END]]), cond_mask=given[:, :T] * mask, loss_mask=mask)
+
+
+def output(net, z_known=None, **of):
+    """Prediction (2, T, c, h, w) at the noisy latents of `inputs`."""
+    x = inputs(**of)
+    z_t = net.diffusion.add_noise(x["z0"], x["noise"], x["t"])
+    with torch.no_grad():
+        return net.predict(z_t, x["t"], *net.encode_text(x["tokens"]), x["z0"] if z_known is None else z_known,
+                           x["cond_mask"], x["loss_mask"])
+
+
+def without_temporal():
+    net = base_net()
+    peft.skip_temporal(net.dfgn)
+    return net
+
+
+def moved(net):
+    """A network whose added parameters are no longer at their start."""
+    torch.manual_seed(2)
+    for name, p in net.named_parameters():
+        if name in net.adapter:
+            torch.nn.init.normal_(p, std=0.2)
+    return net
+
+
+# ---- the start
+
+@pytest.mark.parametrize("method", ["full", "customize_a_video", "customize_a_video_st", "i2v_adapter"])
+def test_the_start_is_the_base(method):
+    given = torch.zeros(2, 4) if method == "i2v_adapter" else GIVEN      # its given frames stand in z_t
+    torch.testing.assert_close(output(tuned(method), given=given), output(base_net(), given=given), rtol=0, atol=0)
+
+
+def test_i2v_adapter_starts_as_the_base_that_sees_the_given_frames():
+    x = inputs()
+    z_t = x["z0"].where(GIVEN[:, :, None, None, None] > 0, base_net().diffusion.add_noise(x["z0"], x["noise"], x["t"]))
+    net = base_net()
+    with torch.no_grad():
+        want = net.predict(z_t, x["t"], *net.encode_text(x["tokens"]), x["z0"], 0 * GIVEN, x["loss_mask"])
+    torch.testing.assert_close(output(tuned("i2v_adapter")), want, rtol=0, atol=0)
+
+
+def test_simda_starts_as_the_base_on_clips_that_stand_still():
+    def same(x):                                                         # frames that are all the first
+        return x[:, :1].expand_as(x)
+    nets, x = (tuned("simda"), without_temporal()), inputs()
+    for T, still in ((1, lambda x: x), (4, same)):
+        z, got = still(x["z0"][:, :T]), []
+        for net in nets:
+            with torch.no_grad():
+                got.append(net.predict(z, x["t"], *net.encode_text(x["tokens"]), z, 0 * GIVEN[:, :T],
+                                       torch.ones(2, T)))
+        torch.testing.assert_close(*got, rtol=1e-4, atol=1e-5)
+    assert (output(nets[0]) - output(nets[1])).abs().max() > 1e-3        # elsewhere the shift is seen
+
+
+def test_appearance_lora_starts_as_the_base_without_temporal_layers():
+    torch.testing.assert_close(output(tuned("appearance_lora")), output(without_temporal()), rtol=0, atol=0)
+
+
+def test_a_base_is_needed():
+    with pytest.raises(ValueError, match="known=false"):
+        peft.inject(RDTF(PRESETS["tiny"]), "simda")
+
+
+# ---- what is trained
+
+BEFORE_ZEROS = tuple(f"{name}.{kind}" for kind in ("weight", "bias")
+                     for name in ("attention.0", "feed_forward.0", "resnet.down", "resnet.conv"))
+ZERO_AT_FIRST = {"i2v_adapter": "to_q.weight", "simda": BEFORE_ZEROS}  # ends of names; of LoRA: ".down"
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_all_that_is_trained_moves_and_nothing_else(method):
+    net = tuned(method)
+    optimizer = loop.make_optimizer(net, 1e-2, 0.5, False, {})
+    named = {p: name for name, p in net.named_parameters()}
+    assert {named[p] for group in optimizer.param_groups for p in group["params"]} == set(net.adapter)
+    before, ema = {k: v.clone() for k, v in net.state_dict().items()}, loop.EMA(net, 0.9)
+    for step in range(3):
+        net(**inputs()).mean().backward()
+        still = {name for name in net.adapter if not net.get_parameter(name).grad.any()}
+        if step == 0:
+            assert still == {name for name in net.adapter if name.endswith(ZERO_AT_FIRST.get(method, ".down"))}
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update(step)
+    for weights in (net.state_dict(), ema.weights):
+        assert {name for name, w in weights.items() if not torch.equal(w, before[name])} == set(net.adapter)
+    left_out = method in ("simda", "appearance_lora")                    # the temporal layers
+    of_base = [name for name in base_net().state_dict() if not (left_out and "temporal" in name)]
+    assert len(net.state_dict()) == len(net.adapter) + len(of_base)
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_counts_are_those_of_the_formulas(method):
+    net, w0, c, text = tuned(method), BASE.dfgn.widths[0], BASE.dfgn.channels, BASE.dfgn.text_width
+    every, attended = peft.layers(net.dfgn)
+    resnets = [getattr(layer.resnet, "base", layer.resnet).conv2.out_channels for layer in every]
+    blocks = [getattr(layer.spatial, "base", layer.spatial).proj_in.in_features for layer in attended]
+    inner = {w: w // BASE.dfgn.head_dim * BASE.dfgn.head_dim for w in {*blocks, w0}}
+    condition = (c + 1) * 9 * w0 + w0
+
+    def lora(width, context, rank=4):                                    # q, k, v, out
+        return rank * (2 * (width + inner[width]) + 2 * (context + inner[width]))
+    stem = BASE.dfgn.stem_heads * BASE.dfgn.head_dim
+    temporal = sum(2 * 4 * 4 * (w + inner[w]) for w in map(inner.get, blocks)) + 2 * 4 * 4 * 2 * stem
+    spatial = sum(lora(w, w) + lora(w, text) for w in blocks)
+    want = {"i2v_adapter": sum(2 * d * d + d for d in blocks),
+            "simda": sum(d * d + 2.5 * d for d in blocks) + sum(d * d + 3.5 * d for d in resnets) + condition,
+            "appearance_lora": spatial, "customize_a_video": temporal + condition,
+            "customize_a_video_st": spatial + temporal + condition}[method]
+    assert sum(net.get_parameter(name).numel() for name in net.adapter) == want
+
+
+def test_lora_merged_is_lora():
+    torch.manual_seed(0)
+    layer = peft.LoRA(torch.nn.Linear(8, 12), 3, parts=2)
+    torch.nn.init.normal_(layer.up)
+    x, merged = torch.randn(5, 8), torch.nn.Linear(8, 12)
+    merged.weight.data, merged.bias.data = layer.base.weight + layer.change(), layer.base.bias
+    torch.testing.assert_close(layer(x), merged(x))
+    key = layer.up[0] @ layer.down[0]                                    # the first half is the key's alone
+    torch.testing.assert_close(layer.change()[:6], key)
+
+
+# ---- what a network does
+
+@pytest.mark.parametrize("method", TUNED)
+def test_padding_is_not_seen(method):
+    net = moved(tuned(method))
+    short = output(net, T=2)
+    real = torch.tensor([[1.0, 1, 0, 0]]).expand(2, -1)
+    padded = output(net, given=torch.cat([GIVEN[:, :2], torch.ones(2, 2)], 1), real=real)
+    torch.testing.assert_close(padded[:, :2], short, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", TUNED)
+def test_checkpointing_changes_no_gradient(method):
+    gradients = []
+    for checkpointing in (False, True):
+        net = moved(tuned(method))
+        net.dfgn.checkpointing = checkpointing
+        net(**inputs()).mean().backward()
+        gradients.append([net.get_parameter(name).grad for name in net.adapter])
+    torch.testing.assert_close(*gradients)
+    assert all(g.any() for g in gradients[0])
+
+
+def test_nearest_given_frames():
+    masks = torch.tensor([[1, 0, 0, 0, 0, 0, 0, 0], [1, 0, 1, 0, 1, 0, 1, 0], [0, 0, 0, 1, 0, 0, 0, 1]])
+    assert peft.nearest(masks).tolist() == data.nearest_given(masks).tolist()
+    assert peft.nearest(masks)[1].tolist() == [0, 0, 2, 2, 4, 4, 6, 6]
+
+
+def test_i2v_adapter_reads_the_nearest_given_frame():
+    net, x = moved(tuned("i2v_adapter")), inputs()["z0"]
+    changed = x.clone()
+    changed[0, 2] += 1                                                   # nearest of the frames 2 and 3 of clip 0
+    for name in net.adapter:                                             # without the branch a frame is alone
+        assert "spatial" in name
+    peft.skip_temporal(net.dfgn)
+    difference = (output(net, x) - output(net, changed)).abs().amax((2, 3, 4))
+    assert (difference[0] > 1e-4).tolist() == [False, False, True, True] and not difference[1].any()
+
+
+def test_i2v_adapter_has_no_loss_on_given_frames():
+    net, x = tuned("i2v_adapter"), inputs()
+    x["noise"][0, 0] += 1                                                # a given frame: its noise is never seen
+    assert torch.equal(net(**x), net(**inputs()))
+    x["noise"][0, 1] += 1
+    assert not torch.equal(net(**x), net(**inputs()))
+
+
+# ---- files
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, stickers16, tiny_vae):
+    """{method: run folder}, and of their base."""
+    root = tmp_path_factory.mktemp("peft")
+    common = ["--preset", "tiny-base", "--data", str(stickers16), "--vae", str(tiny_vae / "model.safetensors"),
+              "--precision", "float32", "--batch", "2", "--log-every", "1", "--lr", "1e-2"]
+    found = {"base": root / "base"}
+    run_train(*common, "--out", str(root / "base"), "--steps", "3", "--still-share", "0", "--tasks", "t2v")
+    base = str(root / "base/model.safetensors")
+    for method in peft.METHODS:
+        share = "1" if method in peft.ON_STILLS else "0"
+        absorber = ["--absorber", str(root / "appearance_lora/model.safetensors")] if method in peft.ON_CLIPS else []
+        found[method] = root / method
+        found["argv", method] = [*common, "--method", method, "--base", base, "--rank", "4", "--still-share", share,
+                                 *absorber]
+        run_train(*found["argv", method], "--steps", "3", "--out", str(root / method))
+    return found
+
+
+@pytest.mark.parametrize("method", peft.METHODS)
+def test_a_file_and_its_base_are_the_trained_network(runs, method):
+    path = runs[method] / "model.safetensors"
+    state = torch.load(runs[method] / "state.pt", weights_only=True)
+    net, meta = load_rdtf(path)
+    base, _ = load_rdtf(runs["base"] / "model.safetensors")
+    dropped = "spatial" if method == "customize_a_video" else "nothing"  # the first stage's LoRA
+    of_state = {k.replace(".base.", "."): v for k, v in state["ema"].items()}
+    for name, w in net.state_dict().items():
+        if not (dropped in name and name.endswith((".down", ".up"))):
+            assert torch.equal(w, of_state[name.replace(".base.", ".")])
+    if method != "full":
+        plain = {k.replace(".base.", "."): v for k, v in net.state_dict().items() if k not in net.adapter}
+        assert all(torch.equal(w, base.state_dict()[name]) for name, w in plain.items())
+        assert set(read_weights(path, "--model")) == set(net.adapter)
+    assert meta["method"] == method and meta["base"] == file_hash(runs["base"] / "model.safetensors")
+    keeps_first = method in ("appearance_lora", "customize_a_video_st")
+    assert any("spatial" in name and name.endswith(".down") for name in net.adapter) == keeps_first
+    clips = Sampler(path).sample(["a square"], [(0, 0)], steps=2)
+    assert clips.shape == (1, 8, 16, 16, 4)
+
+
+def test_the_second_stage_is_trained_beside_the_first(runs):
+    first = read_weights(runs["appearance_lora"] / "model.safetensors", "--absorber")
+    second = torch.load(runs["customize_a_video"] / "state.pt", weights_only=True)["net"]
+    assert all(torch.equal(second[name], w) for name, w in first.items())
+    assert any(w.any() for name, w in first.items() if name.endswith(".up"))
+
+
+def test_a_stopped_run_goes_on(runs, tmp_path):
+    argv = runs["argv", "customize_a_video_st"]
+    run_train(*argv, "--steps", "3", "--out", str(tmp_path / "whole"), "--save-every", "2")
+    (tmp_path / "part").mkdir()
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / "part" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    (tmp_path / "part/state.pt").write_bytes((tmp_path / "whole/state.prev.pt").read_bytes())
+    run_train(*argv, "--steps", "3", "--out", str(tmp_path / "part"), "--save-every", "2")
+    whole, part = (read_weights(tmp_path / name / "model.safetensors", "--model") for name in ("whole", "part"))
+    assert all(torch.equal(w, part[name]) for name, w in whole.items())
+    assert read_metadata(tmp_path / "part/model.safetensors")["step"] == 3
+
+
+def test_another_base_is_refused(runs, tmp_path):
+    path, other = runs["simda"] / "model.safetensors", tmp_path / "runs"
+    other.mkdir()
+    (other / "adapter.safetensors").write_bytes(path.read_bytes())
+    base = runs["base"] / "model.safetensors"
+    held = base.read_bytes()
+    try:
+        base.unlink()
+        with pytest.raises(UserError, match="which is not there; put the base at that place"):
+            load_rdtf(path)
+        base.write_bytes((runs["simda"] / "model.safetensors").read_bytes())
+        with pytest.raises(UserError, match="tunes another base than .*base.*, which has changed"):
+            load_rdtf(path)
+    finally:
+        base.write_bytes(held)
+
+
+@pytest.mark.parametrize("method, changes, message", [
+    ("simda", ["--preset", "tiny"], "--method simda: tunes a base; name its --preset, such as base"),
+    ("simda", ["--base", ""], "--method simda: name the model.safetensors that it tunes by --base"),
+    ("simda", ["--method", "lora"], "--method lora: choose from rdtf, full, i2v_adapter"),
+    ("simda", ["--absorber", "x"], "--absorber x: a run of appearance_lora, which customize_a_video and"),
+    ("customize_a_video", ["--absorber", ""], "--absorber : a run of appearance_lora, which customize_a_video and"),
+    ("customize_a_video", ["--still-share", "0.5"], "attention over one frame learns nothing; give --still-share 0"),
+    ("appearance_lora", ["--still-share", "0.5"], "trained on single frames alone; give --still-share 1"),
+    ("customize_a_video", ["--rank", "3"], "appearance_lora of rank 4; appearance_lora of --rank 3 on the same --base"),
+    ("simda", ["--rank", "0"], "--rank 0: must be at least 1")])
+def test_what_does_not_go_together_is_refused(runs, tmp_path, method, changes, message):
+    with pytest.raises(UserError) as error:
+        run_train(*runs["argv", method], *changes, "--out", str(tmp_path / "run"))
+    assert message in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_presets_of_the_bases():
+    """1.3 times the parameters of RDTF, as the paper's compared models have about 1.2 to 1.4 times."""
+    for name, of in (("base", "mini"), ("paper-base", "paper")):
+        with torch.device("meta"):
+            counts = [sum(p.numel() for p in RDTF(PRESETS[n]).dfgn.parameters()) for n in (name, of)]
+        assert 1.25 < counts[0] / counts[1] < 1.35
+    assert Config.from_dict(PRESETS["base"].to_dict()) == PRESETS["base"]
