@@ -25,7 +25,7 @@ from tqdm import tqdm
 from lib.files import UserError, lock, read_json, read_jsonl, rename_durably, write_json
 from lib.index import COLUMNS, SPLITS, VERSION, read_meta
 from lib.media import decode_frames, durations_of_kept, square, thin
-from lib.sources import MAX_CAPTION, lies_in, split_of
+from lib.sources import MAX_CAPTION, lies_in, move, split_of
 
 SHARD_JOBS, SHARD_BYTES = 256, 2 * 10**9         # at most, of a shard
 MAX_SKIPPED = 0.05
@@ -164,6 +164,9 @@ def decode(job, size, most, room):
         frames, durations = square(source[0][kept], size), durations_of_kept(source[1], kept)
     else:
         frames, durations, kept = decode_frames(source, job["file"], most, size, keep, room)
+    if "motion" in job:
+        frames = move(frames[0], job["motion"])
+        durations = [100] * len(frames)
     record = {name: job[name] for name in ("file", "caption", "keywords", "concept", "group")}
     record.update(split=job.get("split") or split_of(job["concept"]), n=len(frames), durations=durations)
     if "style" in job:

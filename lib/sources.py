@@ -2,12 +2,13 @@
 
 Each yields jobs: dict(file, source, caption, keywords, concept, group), `source` a path, bytes, or (frames, durations);
 those of a manifest or folder also have keep (frame numbers) and root (the folder in which the file must lie, or None),
-those of emoji stills style and split. Labels and keywords of emoji: emojibase-data (MIT).
+those of emoji stills style, split and perhaps motion. Labels and keywords of emoji: emojibase-data (MIT).
 """
 import codecs
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -155,8 +156,30 @@ def fluent_jobs(parts, downloads):
             for stem, content in stickers)
 
 
-def emoji_jobs(hold_out, downloads):
+STILL_MOTIONS = {  # at time u in [0, 1): degrees of turning, size, shift to the right and down in sides
+    "bouncing": lambda u: (0, 0.75, 0, 0.12 - 0.24 * abs(math.sin(math.pi * u))),
+    "spinning": lambda u: (360 * u, 0.75, 0, 0),
+    "wobbling": lambda u: (20 * math.sin(2 * math.pi * u), 0.8, 0, 0),
+    "pulsing": lambda u: (0, 0.8 + 0.15 * math.sin(2 * math.pi * u), 0, 0),
+    "sliding": lambda u: (0, 0.75, 0.12 * math.sin(2 * math.pi * u), 0)}
+
+
+def move(still, motion, n=8):
+    """A still (S, S, 4) -> n frames (n, S, S, 4) that loop, of a motion of STILL_MOTIONS."""
+    image, side, frames = Image.fromarray(still).convert("RGBa"), len(still), []
+    for turn, size, right, down in map(STILL_MOTIONS[motion], np.arange(n) / n):
+        cos, sin, middle = math.cos(math.radians(turn)) / size, math.sin(math.radians(turn)) / size, side / 2
+        x, y = middle + right * side, middle + down * side               # where the middle goes
+        back = (cos, sin, middle - cos * x - sin * y, -sin, cos, middle + sin * x - cos * y)
+        moved = image.transform(image.size, Image.Transform.AFFINE, back, Image.Resampling.BILINEAR)
+        frames.append(np.asarray(moved.convert("RGBA")))
+    return np.stack(frames)
+
+
+def emoji_jobs(hold_out, downloads, moving=False):
     """Fetch the stills of all STILLS into the folder `downloads`, then return a generator of jobs.
+
+    moving: each has one of STILL_MOTIONS, whose name is in the caption; a hash of the file chooses.
 
     Those that all styles have and that are no flags. The style is a word of the caption. hold_out: "all" splits every
     style by concept; "fluent" Fluent's alone, and the others' drawings of held-out concepts are trained on."""
@@ -174,8 +197,12 @@ def emoji_jobs(hold_out, downloads):
                     left.remove(points)
                     label, always = labels[points], hold_out == "fluent" and style != "fluent"
                     split = "train" if always else split_of(label["concept"])
-                    yield dict(label, file=f"{style}/{stem}", source=content, style=style, split=split,
-                               caption=f"{label['caption']}, {style} style")
+                    file, motion = f"{style}/{stem}", {}
+                    if moving:
+                        motion = dict(motion=list(STILL_MOTIONS)[zlib.crc32(file.encode()) % len(STILL_MOTIONS)])
+                    words = " ".join([label["caption"], *motion.values()])
+                    yield dict(label, file=file, source=content, style=style, split=split,
+                               caption=f"{words}, {style} style", **motion)
     return jobs()
 
 

@@ -112,6 +112,35 @@ def test_emoji_stills_are_joined_by_code_point_and_held_out_by_style(stills):
     assert held_out == ["noto/1f525", "twemoji/1f525", "fluent/1f525"]
 
 
+def test_stills_are_moved_as_their_captions_say(stills):
+    out = stills.parent / "moving"
+    data.main(["emoji", "--size", "16", "--hold-out", "all", "--moving", "--out", str(out), "--workers", "1"])
+    found = data.StickerSet(out)
+    first = found.records[0]
+    motion = first["caption"].split()[-3].strip(",")
+    assert motion in sources.STILL_MOTIONS and first["caption"] == f"waving hand {motion}, noto style"
+    still = np.asarray(Image.open(io.BytesIO(picture("noto"))).resize((16, 16)))
+    assert np.array_equal(found.clip(first, range(first["n"])), sources.move(still, motion)) and first["n"] == 8
+
+
+def test_motions_of_stills():
+    still = np.zeros((64, 64, 4), np.uint8)
+    still[16:48, 28:36] = (200, 40, 0, 255)                              # an upright bar
+
+    def box(frame):
+        rows, columns = np.nonzero(frame[..., 3] > 127)
+        return rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
+    moved = {motion: [box(frame) for frame in sources.move(still, motion)] for motion in sources.STILL_MOTIONS}
+    assert moved["spinning"][0] == (20, 44, 29, 35) and moved["spinning"][2] == (29, 35, 20, 44)  # a quarter turn
+    assert moved["bouncing"][0][0] - moved["bouncing"][4][0] in (15, 16)                          # 0.24 of the side, up
+    assert moved["sliding"][2][2] - moved["sliding"][6][2] in (15, 16)
+    assert moved["pulsing"][2][1] - moved["pulsing"][2][0] > moved["pulsing"][0][1] - moved["pulsing"][0][0] > 20
+    tilted = moved["wobbling"][2]
+    assert tilted[3] - tilted[2] > 10 and moved["wobbling"][0][3] - moved["wobbling"][0][2] < 8
+    colours = sources.move(still, "spinning")[1]
+    assert (colours[colours[..., 3] > 200][:, :3] == (200, 40, 0)).all(1).mean() > 0.95           # no dark fringe
+
+
 def test_fluent_jobs_have_the_labels_of_emojibase(tmp_path, monkeypatch):
     """Of small packages where `npm pack` would put them."""
     dark = dict(label="waving hand: dark skin tone", hexcode="1F44B-1F3FF")
