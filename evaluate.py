@@ -24,9 +24,10 @@ import torch
 from tqdm import trange
 
 from data import TASKS, StickerSet, eval_mask, nearest_given
+from lib import tables
 from lib.clip import clip_scores
 from lib.cpu import keep_memory
-from lib.distances import bootstrap, bootstrap_fd, extrapolate, frechet, on_white, psnr
+from lib.distances import bootstrap, bootstrap_fd, by_clips, differences, extrapolate, frechet, on_white, psnr
 from lib.dover import dover_fuse
 from lib.extractors import extractors, features_of
 from lib.files import UserError, cache_path, file_hash, read_json, rows, run_cli, write_json
@@ -34,8 +35,7 @@ from lib.index import SPLITS, Members
 from lib.judge import SHIPPED
 from lib.media import check_sheet, contact_sheet, even_frames, to_rgba, to_tensor
 from lib.options import check_least
-from lib.standins import fd_app, fd_mot
-from lib.tables import check_alike, compare, distance_table, markdown, paper_table, psnr_table, score_table
+from lib.standins import denoising_loss, fd_app, fd_mot
 from model import PRESETS, RDTF, count
 from sample import DEFAULTS, Sampler
 
@@ -216,9 +216,12 @@ def measure_task(run, test, task, decoded):
     features, copied = test.features(run.folder / "eval", clips), None
     if mask.any():
         copied = distances(test.real, test.features(test.folder, copy_nearest(test.clips, mask), DISTANT), seed)
+    captions = ["" if task == "i2v" else caption for caption in test.captions]
+    scores = dict(loss=denoising_loss(run.sampler, test.clips, captions, mask, seed, run.args.batch),
+                  **test.scores(features, task))
     return dict(given=np.flatnonzero(mask).tolist(), fd=distances(test.real, features, seed), fd_copy=copied,
                 psnr=psnr_of(on_white(clips), on_white(test.clips), on_white(decoded), mask, seed),
-                scores={name: mean_of(v, seed) for name, v in test.scores(features, task).items()}), clips
+                scores={name: mean_of(v, seed) for name, v in scores.items()}), clips
 
 
 def measure(run, test):
@@ -247,9 +250,10 @@ def evaluate(args):
     report, made = measure(run, test)
     tasks, out = report["tasks"], Path(args.out or run.folder / "eval.json")
     write_json(out, report)
-    tables = psnr_table(tasks), distance_table(tasks, report["vae"], test.floor), score_table(tasks, report["real"])
+    found = (tables.psnr_table(tasks), tables.distance_table(tasks, report["vae"], test.floor),
+             tables.score_table(tasks, report["real"]))
     print(f"{run.model} (SHA-256 {run.sha256[:12]}, step {report['step']}); {report['protocol']}",
-          "\n".join(report["metrics"]), *filter(None, tables), out, sep="\n\n")
+          "\n".join(report["metrics"]), *filter(None, found), out, sep="\n\n")
     if args.sheet:
         first = [(task, k) for task in made for k in range(min(args.sheet_rows, len(test.files)))]
         clips = [clip for task, k in first for clip in (made[task][k], test.clips[k])]
@@ -284,15 +288,16 @@ def numbers_of(task):
 
 def table(args):
     """Table 1, 2, 3 or 4: the paper's numbers beside those of the runs of --rows; markdown on stdout, a JSON file."""
-    found, keys, reports, test = find_rows(args.rows), TABLES[args.table], {}, None
+    found, keys, reports, features, test = find_rows(args.rows), TABLES[args.table], {}, {}, None
     args.tasks = list(keys)
     for folder in (folder for folders in found.values() for folder in folders):
         run = Run(folder, args)                          # one network in memory at a time
         test = test or EvalSet(args, run.sampler.T, run.sampler.size)
         if (run.sampler.T, run.sampler.size) != (test.T, test.size):
             raise UserError(f"--rows {folder}: clips of another length or size than those of the first run")
-        reports[folder], _ = measure(run, test)
-    check_alike("--rows", reports)
+        reports[folder], made = measure(run, test)
+        features[folder] = {task: test.features(run.folder / "eval", clips, DISTANT) for task, clips in made.items()}
+    tables.check_alike("--rows", reports)
     report = next(iter(reports.values()))
     head = (f"Table {args.table}: {report['protocol']} of means over seeds by Student's t. The paper's numbers are of "
             "VSD2M at 256 px: compare orders, not values")
@@ -304,7 +309,14 @@ def table(args):
         for row, folders in found.items():
             ours[row] = [numbers_of(reports[folder]["tasks"][task]) for folder in folders]
         numbers[task] = dict(paper=PAPER[key]["rows"], ours=ours)
-        text += [f"**{task}**", paper_table(**numbers[task])]
+        text += [f"**{task}**", tables.paper_table(**numbers[task])]
+        if len(found) > 1:
+            pairs = {folder: {name: (distance, test.real[x], made[task][x]) for name, (x, distance) in DISTANCES.items()
+                              if x in made[task]} for folder, made in features.items()}
+            runs = {row: [by_clips(reports[folder]["tasks"][task], pairs[folder]) for folder in folders]
+                    for row, folders in found.items()}
+            numbers[task]["differences"] = differences(runs, len(test.files), args.seed)
+            text.append(tables.difference_table(numbers[task]["differences"]))
     out = args.out or f"out/table-{args.table}.json"
     write_json(out, dict(head=head, metrics=report["metrics"], runs=found, tasks=numbers))
     print(*text, out, sep="\n\n")
@@ -399,13 +411,13 @@ def main(argv=None):
     check(args)
     keep_memory()
     if args.compare:
-        print(compare(args.compare))
+        print(tables.compare(args.compare))
     elif args.table in TABLES:
         table(args)
     elif args.table == "8":
         head, *lines = table8(PRESETS["paper"])
         write_json(args.out or "out/table-8.json", [head, *lines])
-        print(markdown(head, lines))
+        print(tables.markdown(head, lines))
     else:
         evaluate(args)
 

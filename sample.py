@@ -116,6 +116,11 @@ class Sampler:
             raise UserError(f"--eta {changes['eta']}: choose 0 (no fresh noise) to 1 (as much as DDPM)")
         return {k: defaults[k] if changes.get(k) is None else changes[k] for k in defaults}
 
+    def tokens(self, prompts):
+        """Tokens of prompts, or a tower's features of them, on the device: what RDTF.encode_text takes."""
+        tokens = tokenize(prompts).to(self.device)
+        return self.tower(tokens) if self.tower else tokens
+
     def known_latents(self, frames, mask):
         """Latents (B, T, c, h, w) of the given ones of frames (B, T, S, S, 4); zeros elsewhere."""
         side = self.config.vae.side

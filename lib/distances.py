@@ -2,6 +2,8 @@
 
 Sources: Dowson and Landau, 1982 (Fréchet distance of Gaussians); Efron and Tibshirani, 1993 (bootstrap, jackknife);
 Chong and Forsyth, 2020 (extrapolation to infinitely many samples)."""
+import functools
+
 import numpy as np
 import torch
 
@@ -63,6 +65,50 @@ def bootstrap_fd(reference, other, draws=200, seed=0, paired=False, distance=fd)
     low, middle, high = np.percentile(values, (2.5, 50, 97.5))
     value = distance(reference, other)
     return max(float(value + low - middle), 0.0), float(value + high - middle)
+
+
+def bootstrap_difference(first, other, n, draws=200, seed=0):
+    """dict(value, interval): mean over the runs of `other` less that of `first`, and its 95 % interval.
+
+    A run is a function of numbers of clips, below n; clip i is one concept's in all. Concepts and runs are drawn again
+    together; as in bootstrap_fd the median of the draws becomes the value."""
+    rng, values = np.random.default_rng(seed), []
+
+    def difference(rows, mine, theirs):
+        return np.mean([run(rows) for run in theirs]) - np.mean([run(rows) for run in mine])
+    for _ in range(draws):
+        drawn = [[runs[k] for k in rng.integers(len(runs), size=len(runs))] for runs in (first, other)]
+        values.append(difference(rng.integers(n, size=n), *drawn))
+    low, middle, high = np.percentile(values, (2.5, 50, 97.5))
+    value = float(difference(np.arange(n), first, other))
+    return dict(value=value, interval=(float(value + low - middle), float(value + high - middle)))
+
+
+def by_clips(task, pairs):
+    """{metric: function of numbers of clips} of a task of an evaluation, for `differences`.
+
+    pairs: {metric: (distance, features of the real clips, of the others)}."""
+    clips = {name: np.array(score["clips"]) for name, score in task["scores"].items()}
+    clips["dB over copying"] = np.array(task["psnr"]["model - copy"]["clips"])
+
+    def mean(rows, values):
+        return values[rows].mean()
+
+    def distance(rows, pair):
+        function, real, other = pair
+        return function(real[rows].astype(float), other[rows].astype(float))
+    return {**{name: functools.partial(mean, values=values) for name, values in clips.items()},
+            **{name: functools.partial(distance, pair=pair) for name, pair in pairs.items()}}
+
+
+def differences(runs, n, seed):
+    """{"B - A": {metric: value, interval}}: each row's mean over its runs less the first row's, paired.
+
+    runs: {row: [{metric: function of numbers of clips} of each run]}."""
+    (name, first), *others = runs.items()
+    return {f"{row} - {name}": {metric: bootstrap_difference([run[metric] for run in first],
+                                                             [run[metric] for run in mine], n, seed=seed)
+                                for metric in first[0]} for row, mine in others}
 
 
 def line_to_infinity(reference, other, rng, sizes=4, draws=3):

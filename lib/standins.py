@@ -83,3 +83,26 @@ def fd_app(reference, other):
 def fd_mot(reference, other):
     """Distance of motion, (N, 384) and (M, 384)."""
     return fd(reference[:, APPEARANCE:], other[:, APPEARANCE:])
+
+
+@torch.no_grad()
+def denoising_loss(sampler, clips, captions, mask, seed, batch, timesteps=(100, 300, 500, 700, 900)):
+    """(N,) training loss of frames that are not given, mean over the timesteps; clip k's noise is seeded by (seed, k).
+
+    clips (N, T, S, S, 4) uint8, mask (T,). It compares networks of one VAE and schedule."""
+    net, losses = sampler.net, []
+    for i in range(0, len(clips), batch):
+        part, share = clips[i:i + batch], captions[i:i + batch]
+        z0 = sampler.known_latents(part, torch.ones(part.shape[:2]))
+        rngs = [np.random.default_rng((seed, i + k)) for k in range(len(part))]
+        noise = torch.from_numpy(np.stack([rng.standard_normal(z0.shape[1:], np.float32) for rng in rngs])).to(z0)
+        text = net.encode_text(sampler.tokens(share))
+        given, real = torch.tensor(np.stack([mask] * len(part))).to(z0), torch.ones(part.shape[:2]).to(z0)
+        found = []
+        for t in timesteps:
+            at = torch.full((len(part),), t, device=z0.device)
+            pred = net.predict(net.diffusion.add_noise(z0, noise, at), at, *text, z0, given, real)
+            error = ((pred - net.diffusion.target(z0, noise, at)) ** 2).mean((2, 3, 4))      # (b, T)
+            found.append(net.diffusion.weight(at) * error[:, mask == 0].mean(1))
+        losses.append(torch.stack(found).mean(0).cpu())
+    return torch.cat(losses).numpy()

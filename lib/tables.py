@@ -8,7 +8,7 @@ from scipy import stats
 from lib.checkpoints import flat
 from lib.files import UserError
 
-COLUMNS = ("FVD", "VQA", "CLIP", "Recog@1", "FD-app", "FD-mot", "dB over copying")   # of the paper's tables
+COLUMNS = ("FVD", "VQA", "CLIP", "loss", "Recog@1", "FD-app", "FD-mot", "dB over copying")   # of the paper's tables
 
 
 def markdown(head, rows):
@@ -51,6 +51,13 @@ def distance_table(tasks, vae, floor):
     names = [*(("FVD", "FVD-inf") if "FVD" in vae else ()), "FD-app", "FD-mot"]
     cells = [[label, str(d["n"]) if d else "-", *(distance_cell(d, k) for k in names)] for label, d in rows.items()]
     return markdown(["distance to the real clips", "n", *names], cells)
+
+
+def difference_table(rows):
+    """rows: {row: {metric: value, interval}}."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    cells = [[row, *(with_interval(**d[name], digits=3) for name in names)] for row, d in rows.items()]
+    return markdown(["difference, paired", *names], cells)
 
 
 def score_table(tasks, real):
@@ -116,7 +123,8 @@ def paper_table(paper, ours):
 
     def cells(row):
         theirs, runs = paper.get(row, {}), ours.get(row, [])
-        means = [with_interval(**over_seeds([v[m] for v in runs])) if runs and m in runs[0] else "-" for m in names]
+        means = [with_interval(**over_seeds([v[m] for v in runs]), digits=3 if m == "loss" else 2)
+                 if runs and m in runs[0] else "-" for m in names]
         return [row, *(f"{theirs[m]:g}" if m in theirs else "-" for m in published), str(len(runs) or "-"), *means]
     head = ["method", *(f"{m}, paper" for m in published), "our runs",
             *(f"{m}, ours" if m in published else m for m in names)]

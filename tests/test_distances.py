@@ -79,3 +79,29 @@ def test_psnr_and_what_networks_see_by_hand():
     assert distances.on_white(rgba)[0].ravel().tolist() == pytest.approx([1, 1, 1, 1, 0, 0, 0.8, 0.8, 0.8])
     x = distances.to_signed(np.array([0, 255, 102], np.uint8).reshape(1, 1, 1, 1, 3))
     assert x.shape == (1, 1, 3, 1, 1) and x.flatten().tolist() == pytest.approx([-1, 1, -0.2])
+
+
+def test_differences_are_paired_by_clip_and_over_runs():
+    rng = np.random.default_rng(0)
+    hard = rng.standard_normal(40)                                           # how hard each concept is
+
+    def row(*offsets):
+        return [distances.by_clips(dict(scores=dict(loss=dict(clips=hard + x + 0.01 * rng.standard_normal(40))),
+                                        psnr={"model - copy": dict(clips=-hard)}), {}) for x in offsets]
+    found = distances.differences({"A": row(0), "B": row(0.3), "C": row(0, 0.6)}, 40, 0)
+    assert set(found) == {"B - A", "C - A"}
+    for name, least, most in (("B - A", 0, 0.02), ("C - A", 0.5, 0.7)):      # runs that differ widen it
+        low, high = found[name]["loss"]["interval"]
+        assert found[name]["loss"]["value"] == pytest.approx(0.3, abs=0.02)
+        assert low < 0.3 < high and least < high - low < most
+    assert found["B - A"]["dB over copying"] == dict(value=0, interval=(0, 0))
+
+
+def test_difference_of_distances():
+    rng = np.random.default_rng(0)
+    real = rng.standard_normal((60, 4))
+    near, far = ([distances.by_clips(dict(scores={}, psnr={"model - copy": dict(clips=[0] * 60)}),
+                                     {"FD": (fd, real, real + x)})] for x in (0.1, 1.0))
+    found = distances.differences({"near": near, "far": far}, 60, 0)["far - near"]["FD"]
+    assert found["value"] == pytest.approx(fd(real, real + 1) - fd(real, real + 0.1))
+    assert found["interval"][0] > 0.5 * found["value"]

@@ -16,6 +16,8 @@ from lib.distances import PSNR_CAP
 from lib.dover import DOVER
 from lib.files import UserError
 from lib.i3d import I3D
+from lib.standins import denoising_loss
+from sample import Sampler
 
 # ---- baselines and numbers
 
@@ -69,6 +71,30 @@ def world(tmp_path_factory):
 
 def command(world, *more):
     return ["--data", str(world[0]), "--run", str(world[1]), "--steps", "2", "--n", "6", *map(str, more)]
+
+
+def test_denoising_loss_is_that_of_training_on_frames_that_are_not_given(world):
+    sampler, clips = Sampler(world[1] / "model.safetensors"), evaluate.read_clips(
+        data.StickerSet(world[0]), [r for r in data.StickerSet(world[0]).records if r["n"] >= 8][:3], 8)
+    net, captions = sampler.net, ["a red star", "", "a blue circle"]
+    z0 = sampler.known_latents(clips, torch.ones(3, 8))
+    noise = np.stack([np.random.default_rng((7, k)).standard_normal(z0.shape[1:], np.float32) for k in range(3)])
+    for task in ("t2v", "interpolation"):
+        mask, want = eval_mask(task, 8, 8), []
+        for t in (200, 600):
+            x = dict(z0=z0, tokens=data.tokenize(captions), t=torch.full((3,), t), noise=torch.from_numpy(noise))
+            given = torch.from_numpy(np.stack([mask] * 3))
+            with torch.no_grad():
+                if task == "t2v":
+                    want.append(net(**x, cond_mask=given, loss_mask=torch.ones(3, 8)))
+                else:                                                    # by hand: the mean over the other frames
+                    pred = net.predict(net.diffusion.add_noise(z0, x["noise"], x["t"]), x["t"],
+                                       *net.encode_text(x["tokens"]), z0, given, torch.ones(3, 8))
+                    error = (pred - net.diffusion.target(z0, x["noise"], x["t"]))[:, mask == 0] ** 2
+                    want.append(net.diffusion.weight(x["t"]) * error.mean((1, 2, 3, 4)))
+        for batch in (1, 3):
+            got = denoising_loss(sampler, clips, captions, mask, 7, batch, timesteps=(200, 600))
+            assert got == pytest.approx(torch.stack(want).mean(0).numpy(), rel=1e-4)
 
 
 def test_records_are_one_a_concept_and_seeded(world):
@@ -185,6 +211,9 @@ def test_table_of_named_rows_averages_seeds(world, tmp_path, capsys):
     ours = report["tasks"]["it2v"]["ours"]
     assert ours["RDTF w/ DCL"][0] == ours["RDTF w/o CL"][0] and ours["copy nearest"][0]["dB over copying"] == 0
     assert len(ours["RDTF w/ DCL"]) == 2 and ours["real, other concepts"][0]["FD-app"] > 0
+    difference = report["tasks"]["it2v"]["differences"]["RDTF w/o CL - RDTF w/ DCL"]     # of the same weights
+    assert set(difference) >= {"loss", "FD-app", "FD-mot", "dB over copying"}
+    assert all(abs(d["value"]) < 1e-9 for d in difference.values()) and "| RDTF w/o CL - RDTF w/ DCL | 0.000 [" in text
     with pytest.raises(UserError, match=r"--rows DFGN=nowhere-\*: no run folder matches"):
         evaluate.main(command(world, "--table", "3", "--rows", "DFGN=nowhere-*"))
 
