@@ -2,6 +2,7 @@
 
     python evaluate.py --run runs/dfgn                                   # six tasks: tables on stdout, RUN/eval.json
     python evaluate.py --run runs/dfgn --tasks t2v it2v --sheet out.png  # and the first clips of each task, not picked
+    python evaluate.py --run checkpoints/mini.safetensors                # the shipped weights; numbers in out/mini
     python evaluate.py --i3d i3d_pretrained_400.pt --dover DOVER.pth --clip open_clip_pytorch_model.bin
     python evaluate.py --compare runs/a runs/b                           # a row for each run that was evaluated
     python evaluate.py --table 3 --rows "DFGN=runs/ablations/sti-*" "DFGN + DDU=runs/ablations/ddu-*"  # or 1, 2, 4, 8
@@ -106,11 +107,14 @@ def round_trip(vae, clips, batch):
 class Run:
     """A trained run, and the clips that it makes."""
 
-    def __init__(self, folder, args):
-        self.folder, self.args, self.model = Path(folder), args, Path(folder) / "model.safetensors"
+    def __init__(self, path, args):
+        path = Path(path)
+        shared = path.is_file()                  # a model alone, such as checkpoints/mini.safetensors
+        self.folder, self.model = (Path("out") / path.stem, path) if shared else (path, path / "model.safetensors")
         if not self.model.is_file():
-            raise UserError(f"--run {folder}: no model.safetensors there; `python train.py --out {folder}` trains one")
-        trained = read_json(self.folder / "config.json").get("train", {})
+            raise UserError(f"--run {path}: no model.safetensors there; `python train.py --out {path}` trains one")
+        trained = {} if shared else read_json(path / "config.json").get("train", {})
+        self.args = args
         args.data = args.data or trained.get("data", ["data/fluent"])[0]
         self.sampler = Sampler(self.model, args.vae, clip_weights=args.clip_weights)
         self.sha256, self.code = file_hash(self.model), {name: file_hash(ROOT / name) for name in SAMPLING_CODE}
@@ -366,7 +370,7 @@ def parse(argv=None):
     add("--compare", nargs="+", metavar="RUN", help="print a row for each of these evaluated runs")
     add("--table", choices=(*sorted(TABLES), "8"), help="print a table of the paper, its numbers beside ours")
     add = parser.add_argument
-    add("--run", default="runs/dfgn", help="folder with model.safetensors (default: %(default)s)")
+    add("--run", default="runs/dfgn", help="folder with model.safetensors, or such a file (default: %(default)s)")
     add("--rows", nargs="+", default=[], metavar="NAME=PATTERN", help="of --table: run folders, one for each seed")
     add("--data", help="prepared set; default: that of the run, or of the first of --rows")
     add("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")

@@ -131,6 +131,18 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
     assert json.loads((world[1] / "again.json").read_text()) == report
 
 
+def test_a_model_file_alone_is_measured(world, tmp_path, monkeypatch):
+    """As those of checkpoints/: its numbers come to out/, and nothing is written beside it."""
+    monkeypatch.chdir(tmp_path)
+    shared = world[1] / "model.safetensors"
+    before = sorted(world[1].iterdir())
+    evaluate.main(command((world[0], shared), "--tasks", "t2v", "--out", "one.json"))
+    assert (tmp_path / "out/model/eval").is_dir() and sorted(world[1].iterdir()) == before
+    evaluate.main(command(world, "--tasks", "t2v", "--out", tmp_path / "two.json"))
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert {**one, "model": ""} == {**two, "model": ""}
+
+
 def test_killed_evaluation_goes_on_and_the_batch_changes_no_clip(world, monkeypatch):
     made, sample = [], evaluate.Sampler.sample
 
