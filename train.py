@@ -39,9 +39,10 @@ from lib.checkpoints import append, check_equal, check_same_config, lock_run, st
 from lib.distributed import gather, on_all_ranks, setup
 from lib.files import UserError, file_hash, first_line, run_cli
 from lib.media import contact_sheet, to_tensor
-from lib.options import check_least, check_most, check_shares, check_words, flag, parse_fields
+from lib.options import parse_fields
 from lib.sources import read_caption
 from lib.towers import cache_features, name_tower
+from lib.train_options import check_method, check_options
 from lib.weights import read_own, save_model
 from model import RDTF, VAE, load_rdtf, load_vae, preset
 from sample import Sampler
@@ -418,7 +419,9 @@ class Trainer:
 # ---- the road
 def train(config, stack):
     """Train a stage to its end, or to a SIGTERM or Ctrl-C. stack: ExitStack of what ends with the run."""
-    check_options(config)
+    loop.check_launch()
+    check_options(config, stage=STAGES, curriculum=MODES, tasks=TASKS)
+    check_method(config, preset(config.preset, config.set).dfgn)
     rank, world, device = setup()
     loop.check_batch(config.batch, config.accumulate, world)
     stage = STAGES[config.stage](config, rank, world, device)
@@ -468,46 +471,6 @@ def train(config, stack):
                 print(f"{run}: stopped by {signal.Signals(stopping).name} after step {trainer.step}, which is saved; "
                       "the same command goes on")
             raise SystemExit(128 + stopping)
-
-
-def check_options(c):
-    """Refuse unknown words and numbers that make no sense, before anything slow."""
-    loop.check_launch()
-    check_words(c, stage=STAGES, method=("rdtf", *peft.METHODS), curriculum=MODES, tasks=TASKS,
-                how=("kmeans", "even", "mixed"), frames=("step", "sample", "full"), ema_device=("same", "cpu"),
-                precision=("auto", "bf16", "float32"), lr_schedule=("cosine", "constant"))
-    if not c.data:
-        raise UserError("--data: name a prepared set, or several")
-    if len(c.still_share) not in (1, 2):
-        raise UserError("--still-share: give one share, or the first and the last")
-    check_shares(c, "still_share", "word_dropout", "keywords", "text_drop", "cond_drop", "both_drop", "ema")
-    if c.text_drop + c.cond_drop + c.both_drop > 1:
-        raise UserError("--text-drop, --cond-drop and --both-drop: more than 1 in all")
-    check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, seed=0, workers=0,
-                sample_every=0, warmup=0, rank=1, weight_decay=0, lr=1e-12, embedding_lr=0, grad_clip=1e-12)
-    check_most(c, seed=2 ** 32)
-    if bool(c.sample_every) != bool(c.prompts):
-        raise UserError("--sample-every and --prompts: give both, steps and a file of captions, or neither")
-    check_method(c)
-    for name in ("checkpointing", "clip_weights", "base", "prompts"):
-        if getattr(c, name) and c.stage == "vae":
-            raise UserError(f"{flag(name)}: for the dfgn stage alone; leave it out")
-
-
-def check_method(c):
-    """Refuse what does not go with --method."""
-    dfgn = preset(c.preset, c.set).dfgn
-    if c.method != "rdtf" and (dfgn.known or dfgn.temporal != "none"):
-        raise UserError(f"--method {c.method}: tunes a base; name its --preset, such as base")
-    if c.method != "rdtf" and not c.base:
-        raise UserError(f"--method {c.method}: name the model.safetensors that it tunes by --base")
-    if (c.method in peft.ON_CLIPS) != bool(c.absorber):
-        raise UserError(f"--absorber {c.absorber}: a run of appearance_lora, which {' and '.join(peft.ON_CLIPS)} need "
-                        "and no other --method takes")
-    if c.method in peft.ON_STILLS and set(c.still_share) != {1}:
-        raise UserError(f"--method {c.method}: trained on single frames alone; give --still-share 1")
-    if c.method in peft.ON_CLIPS and set(c.still_share) != {0}:
-        raise UserError(f"--method {c.method}: attention over one frame learns nothing; give --still-share 0")
 
 
 def main(argv=None):

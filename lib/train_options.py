@@ -1,0 +1,41 @@
+"""What train.py refuses: its options alone, before anything is read or built."""
+from lib import peft
+from lib.files import UserError
+from lib.options import check_least, check_most, check_shares, check_words, flag
+
+
+def check_options(c, **words):
+    """Refuse unknown words and numbers that make no sense, before anything slow. words: those that options may be."""
+    check_words(c, **words, method=("rdtf", *peft.METHODS),
+                how=("kmeans", "even", "mixed"), frames=("step", "sample", "full"), ema_device=("same", "cpu"),
+                precision=("auto", "bf16", "float32"), lr_schedule=("cosine", "constant"))
+    if not c.data:
+        raise UserError("--data: name a prepared set, or several")
+    if len(c.still_share) not in (1, 2):
+        raise UserError("--still-share: give one share, or the first and the last")
+    check_shares(c, "still_share", "word_dropout", "keywords", "text_drop", "cond_drop", "both_drop", "ema")
+    if c.text_drop + c.cond_drop + c.both_drop > 1:
+        raise UserError("--text-drop, --cond-drop and --both-drop: more than 1 in all")
+    check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, seed=0, workers=0,
+                sample_every=0, warmup=0, rank=1, weight_decay=0, lr=1e-12, embedding_lr=0, grad_clip=1e-12)
+    check_most(c, seed=2 ** 32)
+    if bool(c.sample_every) != bool(c.prompts):
+        raise UserError("--sample-every and --prompts: give both, steps and a file of captions, or neither")
+    for name in ("checkpointing", "clip_weights", "base", "prompts"):
+        if getattr(c, name) and c.stage == "vae":
+            raise UserError(f"{flag(name)}: for the dfgn stage alone; leave it out")
+
+
+def check_method(c, dfgn):
+    """Refuse what does not go with --method. dfgn: the preset's part."""
+    if c.method != "rdtf" and (dfgn.known or dfgn.temporal != "none"):
+        raise UserError(f"--method {c.method}: tunes a base; name its --preset, such as base")
+    if c.method != "rdtf" and not c.base:
+        raise UserError(f"--method {c.method}: name the model.safetensors that it tunes by --base")
+    if (c.method in peft.ON_CLIPS) != bool(c.absorber):
+        raise UserError(f"--absorber {c.absorber}: a run of appearance_lora, which {' and '.join(peft.ON_CLIPS)} need "
+                        "and no other --method takes")
+    if c.method in peft.ON_STILLS and set(c.still_share) != {1}:
+        raise UserError(f"--method {c.method}: trained on single frames alone; give --still-share 1")
+    if c.method in peft.ON_CLIPS and set(c.still_share) != {0}:
+        raise UserError(f"--method {c.method}: attention over one frame learns nothing; give --still-share 0")
