@@ -111,7 +111,7 @@ class Sampler:
 
     def settings(self, **changes):
         """Steps, eta and guidance scales of the preset; None changes nothing."""
-        defaults = MINI if self.config.name == "mini" else DEFAULTS
+        defaults = MINI if self.config.name in ("mini", "base") else DEFAULTS
         if changes.get("eta") is not None and not 0 <= changes["eta"] <= 1:
             raise UserError(f"--eta {changes['eta']}: choose 0 (no fresh noise) to 1 (as much as DDPM)")
         return {k: defaults[k] if changes.get(k) is None else changes[k] for k in defaults}
