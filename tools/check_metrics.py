@@ -138,6 +138,7 @@ def react(stickers, extractors, n, seed):
 def main():
     args = evaluate.parse(["--n", "400", "--out", "out/check-metrics.json", *sys.argv[1:]])
     evaluate.check(args)
+    args.data = args.data or "data/fluent"
     stickers = StickerSet(args.data, groups=args.groups)
     extractors = evaluate.extractors(args, T, stickers.concepts)
     values, n, held_out = zip(*(react(stickers, extractors, args.n, args.seed + i) for i in range(SEEDS)))
