@@ -112,7 +112,7 @@ class ShiftedSpatial(nn.Module):
         before = torch.cat([frames[:, :1], frames[:, :-1]], 1).flatten(0, 1)
         a = base.attn(normed, torch.cat([normed, before], 1))
         h = base.read_text(h + a + self.attention(a), clip)
-        return base.leave(x, h + base.ff(h, base.norms[2]) + self.feed_forward(base.norms[2](h)))
+        return base.leave(x, h + base.ff(h, base.norms[2]) + self.feed_forward(h))
 
 
 class TemporalAdapter(nn.Module):
