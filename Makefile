@@ -1,15 +1,19 @@
-# make demo: real stickers -> VAE -> DFGN on stills -> DFGN on clips -> samples -> table; what is done is not done again.
+# make demo: stickers by the shipped weights, then a small network from scratch: real stickers -> VAE -> DFGN -> samples ->
+# table -> one page; what is done is not done again.
 # make test: ruff and the tests of every file. Both make the virtual environment first.
 PY := .venv/bin/python
 PROMPTS := "angry face" "crying face" "sleeping face" "robot" "white heart" "clown face" "thinking face" "grinning cat"
 
+SHOWN := "red heart" "grinning face" skull panda airplane "alarm clock" frog rainbow
+
 .PHONY: demo test ablations
 .DELETE_ON_ERROR:
 
-demo: runs/demo/eval.md
+demo: runs/shipped/stickers.png runs/demo/report.html
 	@cat runs/demo/eval.md
-	@echo; echo "stickers  runs/demo/stickers/*.webp"
-	@echo "sheets    runs/demo/stickers.png (prompts), runs/demo/eval.png (held-out concepts)"
+	@echo; echo "shipped weights  runs/shipped/*.webp, sheet runs/shipped/stickers.png"
+	@echo "from scratch     runs/demo/stickers/*.webp, sheets runs/demo/stickers.png, runs/demo/eval.png"
+	@echo "one page         runs/demo/report.html"
 
 test: .venv/ready
 	.venv/bin/ruff check
@@ -23,6 +27,9 @@ test: .venv/ready
 
 # ---- the demo
 
+runs/shipped/stickers.png: | .venv/ready
+	$(PY) sample.py --prompt $(SHOWN) --out runs/shipped/ --sheet $@
+
 DEMO := --data data/demo --groups smileys-emotion --vae runs/demo-vae/model.safetensors
 
 data/demo/meta.json: | .venv/ready
@@ -32,20 +39,19 @@ runs/demo-vae/trained: data/demo/meta.json
 	$(PY) train.py --stage vae --data data/demo --out runs/demo-vae --steps 1000 --lr 2e-3
 	touch $@
 
-runs/demo-stills/trained: runs/demo-vae/trained
-	$(PY) train.py $(DEMO) --still-share 1 --steps 900 --out runs/demo-stills
-	touch $@
-
-runs/demo/trained: runs/demo-stills/trained
-	$(PY) train.py $(DEMO) --base runs/demo-stills/model.safetensors --still-share 0.25 --steps 400 --lr 4e-4 --out runs/demo
+runs/demo/trained: runs/demo-vae/trained
+	$(PY) train.py $(DEMO) --still-share 0.95 0.3 --steps 1200 --out runs/demo
 	touch $@
 
 runs/demo/stickers.png: runs/demo/trained
 	$(PY) sample.py --model runs/demo/model.safetensors --prompt $(PROMPTS) --out runs/demo/stickers/ --sheet $@
 
 runs/demo/eval.md: runs/demo/stickers.png
-	$(PY) evaluate.py --run runs/demo --data data/demo --n 16 --sheet runs/demo/eval.png --sheet-rows 4 > $@.tmp
+	$(PY) evaluate.py --run runs/demo --n 16 --sheet runs/demo/eval.png --sheet-rows 4 > $@.tmp
 	mv $@.tmp $@
+
+runs/demo/report.html: runs/demo/eval.md
+	$(PY) tools/report.py runs/demo
 
 # ---- the runs of the paper's Tables 3 and 4 on the mini preset, two seeds each. Without dual masks (DDU): it2v on whole clips alone.
 

@@ -76,9 +76,11 @@ def check_value(name, value, default):
 
 
 def dataclass_from_dict(kind, d, name):
-    """An instance of a dataclass from what a file says. KeyError, TypeError, ValueError: fields or types do not fit."""
+    """An instance of a dataclass from what a file says. TypeError, ValueError: fields or types do not fit.
+
+    A field that is newer than the file has its default, which therefore must mean what was done before."""
     for f in fields(kind):
-        check_value(f"{name}.{f.name}", d[f.name], f.default)
+        check_value(f"{name}.{f.name}", d.get(f.name, f.default), f.default)
     return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in d.items()})
 
 

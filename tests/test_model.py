@@ -328,3 +328,11 @@ def test_captions_end_with_their_end_token():
     for row, want, real in zip(tokens, features, mask):
         alone, all_real = encoder(row[None])
         assert all_real.all() and torch.allclose(alone[0], want[real], atol=1e-5)
+
+
+def test_a_configuration_without_a_newer_field_has_its_default():
+    config = PRESETS["tiny"].to_dict()
+    del config["dfgn"]["known"]
+    assert Config.from_dict(config) == PRESETS["tiny"]
+    with pytest.raises(TypeError, match="unknown_field"):
+        Config.from_dict(dict(config, dfgn=dict(config["dfgn"], unknown_field=1)))
