@@ -259,7 +259,7 @@ def test_a_run_starts_from_anothers_weights(dfgn_argv, tiny_dfgn, tmp_path):
 
 MAY_CHANGE = {"workers", "log_every", "save_every", "accumulate", "checkpointing", "zero", "compile", "ema_device",
               "sample_every", "prompts",
-              "data", "vae", "base", "absorber", "clip_weights", "clip_model"}     # of the last six the hashes must be the same
+              "data", "vae", "base", "absorber", "clip_weights", "clip_model"}  # the last six: of equal hashes
 
 
 def test_every_option_may_change_or_may_not(tiny_dfgn):
