@@ -118,14 +118,24 @@ def webp_alpha(content):
     return content
 
 
+def webp_durations(content):
+    """Milliseconds of each frame of an animated WebP, from its ANMF chunks; none of a still."""
+    found, at = [], 12
+    while at + 24 <= len(content):
+        size = int.from_bytes(content[at + 4:at + 8], "little")
+        if content[at:at + 4] == b"ANMF":
+            found.append(int.from_bytes(content[at + 20:at + 23], "little"))
+        at += 8 + size + size % 2
+    return found
+
+
 def open_frames(content, name):
-    """(width, height), n and an iterator of (image, milliseconds) of a file, checked against the limits."""
+    """(width, height), milliseconds of each frame and an iterator of images, checked against the limits."""
     if found := animation.parse(content):                        # GIF, PNG
         canvas, pictures = found
         sizes = [canvas, *((p.width, p.height) for p in pictures)]           # a picture may reach over the canvas
         check_canvas(name, *map(max, zip(*sizes)), len(pictures))
-        seen = map(Image.fromarray, animation.composed(canvas, pictures))
-        return canvas, len(pictures), zip(seen, (p.milliseconds for p in pictures))
+        return canvas, [p.milliseconds for p in pictures], map(Image.fromarray, animation.composed(canvas, pictures))
     image = Image.open(io.BytesIO(webp_alpha(content)), formats=[*set(FORMATS.values())])
     n = image.n_frames if image.format == "WEBP" else 1          # a phone's JPEG may hold a second picture
     check_canvas(name, *image.size, n)
@@ -135,23 +145,22 @@ def open_frames(content, name):
     def frames():
         for i in range(n):
             image.seek(i)
-            image.load()                         # its duration is known now
-            yield image, image.info.get("duration")
-    return image.size, n, frames()
+            yield image
+    return image.size, (webp_durations(content) + [0] * n)[:n], frames()
 
 
 def compose(content, name, most, size, keep, room):
-    """What decode_frames returns, of a file's bytes."""
-    canvas, n, seen = open_frames(content, name)
-    indices, durations = thin(n, most or n, keep), []
+    """What decode_frames returns, of a file's bytes. Frames behind the last that is kept are not decoded."""
+    canvas, milliseconds, seen = open_frames(content, name)
+    indices = thin(len(milliseconds), most or len(milliseconds), keep)
     height, width = (size, size) if size else canvas[::-1]
     frames = room[:len(indices)] if room is not None else np.empty((len(indices), height, width, 4), np.uint8)
-    for i, (frame, milliseconds) in enumerate(seen):
-        durations.append(milliseconds or 100)
+    for i, frame in zip(range(indices[-1] + 1), seen):
+        frame.load()
         if i in indices:
             frame = frame if frame.mode == "RGBA" else frame.convert("RGBA")
             frames[indices.index(i)] = square_image(frame, size) if size else frame
-    return frames, durations_of_kept(durations, indices), indices
+    return frames, durations_of_kept([x or 100 for x in milliseconds], indices), indices
 
 
 def decode_frames(source, name, most=None, size=None, keep=(), room=None):
