@@ -390,7 +390,7 @@ class Trainer:
         means = self.window.means
         line = dict(step=self.step, loss=means("loss")[""], grad_norm=means("norm")[""],
                     lr=learning_rate(self.config, self.step - 1), **self.extra,
-                    tasks=means("task "), deciles=means("decile "), **self.window.rates(self.device))
+                    tasks=means("task "), deciles=means("decile "), **self.window.rates(self.device, self.world))
         on_all_ranks(lambda: self.rank == 0 and append(self.run / "log.jsonl", line), self.world)
         self.window.restart()
         return line

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from lib.checkpoints import read_state, states
 from lib.cpu import peak_memory
-from lib.distributed import on_all_ranks
+from lib.distributed import gather, on_all_ranks
 from lib.files import UserError, atomic_write
 
 STOPPING = signal.SIGTERM, signal.SIGINT  # save, then end
@@ -210,11 +210,12 @@ class Window:
         found = {k[len(prefix):]: s / n for k, (s, n) in sorted(self.sums.items()) if k.startswith(prefix)}
         return {k: float(f"{mean:.7g}") for k, mean in found.items()}
 
-    def rates(self, device):
-        """Samples a second without the time of saving, CPU seconds, seconds of saving, memory at most (MiB)."""
+    def rates(self, device, world):
+        """Samples a second without the time of saving, CPU seconds of all ranks, seconds of saving, memory at most
+        (MiB)."""
         memory = torch.cuda.max_memory_allocated() / 2 ** 20 if device.type == "cuda" else peak_memory()
         rate = self.seen / (time.perf_counter() - self.began - self.saving)
-        cpu = time.process_time() - self.cpu
+        cpu = float(gather(torch.tensor([time.process_time() - self.cpu]), world).sum())
         return dict(clips_per_s=round(rate, 2), cpu_s=round(cpu, 2), save_s=round(self.saving, 3),
                     peak_mb=round(memory))
 

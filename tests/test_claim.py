@@ -35,7 +35,7 @@ def argv(target, stickers16, tiny_vae, tmp_path):
 
 
 def test_every_row_is_trained_and_compared(argv, tmp_path, capfd):
-    claim.main([*argv, "--lrs", "1e-3", "--tables", "2"])
+    claim.main([*argv, "--lrs", "1e-3", "--tables", "2", "--jobs", "2"])
     said, runs = capfd.readouterr().out, {}
     for row in claim.ROWS:
         assert f"| {row} | 1 |" in said and (row == "RDTF" or f"| {row} - RDTF | " in said)
@@ -43,24 +43,24 @@ def test_every_row_is_trained_and_compared(argv, tmp_path, capfd):
         runs[str(path.parent.relative_to(tmp_path / "claim"))] = json.loads(path.read_text())["train"]
     assert len(runs) == len(claim.ROWS) + 2                              # the base is a row; two first stages
     base = runs.pop("base")
-    assert base["tasks"] == ["t2v"] and base["data"] != runs["both/rdtf/seed-0"]["data"] and base["steps"] == 2
-    alone = ["interpolation", "prediction_forward", "prediction_backward"]
+    assert base["tasks"] == ["t2v"] and base["data"] != runs["rdtf/seed-0"]["data"] and base["steps"] == 2
+    compared = ["it2v", "interpolation", "prediction_forward", "prediction_backward"]
     for place, options in runs.items():
-        masks, first = place.startswith("both"), place.endswith("absorber")
-        assert options["tasks"] == ([] if masks or first else alone)
+        masks, first = place.startswith("rdtf") or "curriculum" in place, place.endswith("absorber")
+        assert options["tasks"] == ([] if masks else list(data.TASKS) if first else compared)
         assert (options["curriculum"], options["frames"]) == (("adaptive", "step") if masks else ("none", "full"))
         assert options["still_share"] == ([0.95, 0.5] if masks else [1.0] if first else [0.0])
         assert bool(options["base"]) == (options["method"] != "rdtf")
         assert ("dfgn.ff_mult=2" in options["set"]) == ("width" in place)
-    steps = {place.split("/")[1]: options["steps"] for place, options in runs.items()}
-    assert steps["simda"] == steps["rdtf"] == 4 and steps["rdtf--equal-seconds-2"] > 4
+    steps = {place.split("/")[0]: options["steps"] for place, options in runs.items()}
+    assert steps["simda"] == steps["rdtf"] == 4 and steps["rdtf--equal-seconds"] > 4
     assert [options["steps"] for place, options in sorted(runs.items()) if "video--t/" in place] == [3, 1]
 
 
 def test_learning_rates_are_chosen_on_val(argv, tmp_path, monkeypatch):
     calls = []
 
-    def run(script, *options):
+    def run(script, *options, processes=1):
         options = list(map(str, options))
         calls.append((script, options))
         if "--run" in options:

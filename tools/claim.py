@@ -3,25 +3,27 @@
     python data.py fluent && python data.py emoji --hold-out all --moving --out data/source
     python tools/claim.py --vae runs/vae/model.safetensors                       # -> runs/claim; days become hours by
     python tools/claim.py --steps 400 --base-steps 3000 --seeds 0 1 2 --n 48     # these
-    python tools/claim.py --rows RDTF SimDA --tables 1                           # some of it
+    python tools/claim.py --rows RDTF SimDA --tables 1 --jobs 2                  # some of it, two trainings at a time
 
 The base (1.3 times RDTF's parameters) is trained on text alone, on stills of other styles moved by named motions; no
 concept of the target's val and test splits is in it. Every row then has the same number of steps on the target set, the
-same VAE, batch, averages and sampler. The compared methods are trained on whole clips and the table's own tasks, as
-their papers do; one of them also gets our masks, stills and curriculum. Learning rates are chosen for each row on the
-val split, with the same number of trials of a third of the steps. "RDTF, equal seconds" is RDTF for as many
-core-seconds as base and SimDA took together. The same command goes on where it was stopped; what is done is kept.
+same VAE, batch, averages and sampler, and serves both tables. The compared methods are trained on whole clips and the
+tables' tasks; one of them also gets our masks, stills and curriculum. Learning rates are chosen for each row on the val
+split, with the same number of trials of a third of the steps. "RDTF, equal seconds" is RDTF for as many core-seconds as
+base and SimDA took together. The same command goes on where it was stopped; what is done is kept.
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data import StickerSet  # noqa: E402
+from data import TASKS, StickerSet  # noqa: E402
 from lib.files import UserError, run_cli  # noqa: E402
 from lib.options import check_least  # noqa: E402
 from lib.tables import markdown  # noqa: E402
@@ -32,12 +34,14 @@ BASES = {"tiny": "tiny-base", "mini": "base", "paper": "paper-base"}
 TUNED = {"full fine-tuning": "full", "I2V-Adapter": "i2v_adapter", "SimDA": "simda",
          "Customize-A-Video, T": "customize_a_video", "Customize-A-Video, S + T": "customize_a_video_st",
          "SimDA, dual masks, curriculum": "simda"}
-ROWS = ["RDTF", "RDTF, equal seconds", "base's width from scratch", *TUNED, "base, untuned"]
+UNTUNED = "base, untuned"
+ROWS = ["RDTF", "RDTF, equal seconds", "base's width from scratch", *TUNED, UNTUNED]
 
 
-def run(script, *arguments):
+def run(script, *arguments, processes=1):
     """Run a script of the repository to its end. UserError: it failed, and has said why."""
-    if subprocess.run([sys.executable, ROOT / script, *map(str, arguments)]).returncode:
+    many = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    if subprocess.run([sys.executable, *many, ROOT / script, *map(str, arguments)]).returncode:
         raise UserError(f"{script} failed; the same command goes on from here")
 
 
@@ -45,99 +49,104 @@ def core_seconds(folder):
     return sum(json.loads(line)["cpu_s"] for line in (folder / "log.jsonl").read_text().splitlines())
 
 
-def has_masks(row):
-    """Is a row trained with our masks, stills and curriculum, on all tasks? It then serves both tables."""
-    return row.startswith("RDTF") or row.endswith("curriculum")
+def train(folder, *options, processes=1):
+    """A finished run: its folder."""
+    if not (folder / "done").is_file():
+        run("train.py", *options, "--out", folder, processes=processes)
+        (folder / "done").touch()
+    return folder
 
 
 class Claim:
     def __init__(self, args):
-        self.args, self.out = args, Path(args.out)
+        self.args, self.out, self.base, self.rates = args, Path(args.out), Path(args.out) / "base", {}
+        self.tasks = [task for tasks in TASKS_OF.values() for task in tasks]
         self.common = ["--vae", args.vae, "--batch", args.batch, "--precision", args.precision, "--log-every", 20]
         self.target = ["--data", args.data, *(["--groups", *args.groups] if args.groups else [])]
 
-    def train(self, folder, steps, *options):
-        """A finished run: its folder."""
-        model = folder / "model.safetensors"
-        if not (model.is_file() and (folder / "done").is_file()):
-            run("train.py", *self.common, *options, "--steps", steps, "--out", folder)
-            (folder / "done").touch()
-        return folder
-
-    def base(self):
-        a = self.args
-        return self.train(self.out / "base", a.base_steps, "--data", a.source, "--preset", BASES[a.preset],
-                          "--tasks", "t2v")
-
-    def options(self, row, table):
+    def options(self, row):
         """Options of train.py for a row, without learning rate, seed and steps."""
-        single = ["--tasks", *TASKS_OF[table], "--frames", "full", "--curriculum", "none", "--still-share", "0"]
-        how = [] if has_masks(row) else single
+        masks = row.startswith("RDTF") or row.endswith("curriculum")     # ours, with stills and curriculum
+        whole = ["--tasks", *self.tasks, "--frames", "full", "--curriculum", "none", "--still-share", "0"]
+        options, larger = [*self.common, *self.target, *([] if masks else whole)], BASES[self.args.preset]
         if row in TUNED:
-            base = self.base() / "model.safetensors"
-            return [*self.target, "--preset", BASES[self.args.preset], "--base", base, "--method", TUNED[row], *how]
-        wide = PRESETS[BASES[self.args.preset]].dfgn
+            return [*options, "--preset", larger, "--base", self.base / "model.safetensors", "--method", TUNED[row]]
+        wide = PRESETS[larger].dfgn
         width = ["--set", f"dfgn.widths={','.join(map(str, wide.widths))}", f"dfgn.ff_mult={wide.ff_mult}"]
-        return [*self.target, "--preset", self.args.preset, *how, *(width if "width" in row else [])]
+        return [*options, "--preset", self.args.preset, *(width if "width" in row else [])]
 
-    def train_row(self, folder, row, table, steps, *more):
-        """A run of a row; Customize-A-Video's first stage takes 30 % of the steps."""
-        options, method = self.options(row, table), TUNED.get(row, "")
-        if method.startswith("customize"):
-            first = self.options(row, table)
-            first[first.index("--method") + 1] = "appearance_lora"
-            first[first.index("--still-share") + 1] = "1"
-            first[first.index("--tasks"):first.index("--frames")] = []
-            absorber = self.train(folder.with_name(folder.name + "-absorber"), max(1, steps * 3 // 10), *first, *more)
+    def train_row(self, folder, row, steps, *more):
+        """A run of a row; Customize-A-Video's first stage, of stills, takes 30 % of the steps."""
+        options = self.options(row)
+        if TUNED.get(row, "").startswith("customize"):
+            first = ["--method", "appearance_lora", "--tasks", *TASKS, "--still-share", 1]
+            absorber = train(folder.with_name(folder.name + "-absorber"), *options, *more, *first,
+                             "--steps", max(1, steps * 3 // 10))
             options += ["--absorber", absorber / "model.safetensors"]
             steps = max(1, steps - steps * 3 // 10)
-        return self.train(folder, steps, *options, *more)
+        return train(folder, *options, *more, "--steps", steps)
 
-    def place(self, row, table):
-        """Where the runs of a row lie."""
-        slug = "".join(c if c.isalnum() else "-" for c in row.lower())
-        return self.out / ("both" if has_masks(row) else f"table-{table}") / slug
+    def place(self, row):
+        return self.out / "".join(c if c.isalnum() else "-" for c in row.lower())
 
-    def learning_rate(self, row, table):
-        """The one of --lrs whose trial has the lowest denoising loss on the val split."""
-        if len(self.args.lrs) == 1:
-            return self.args.lrs[0]
-        losses, tasks = {}, sum(TASKS_OF.values(), []) if has_masks(row) else TASKS_OF[table]
-        for lr in self.args.lrs:
-            trial = self.train_row(self.place(row, table) / f"trial-{lr:g}", row, table, max(1, self.args.steps // 3),
-                                   "--lr", lr, "--seed", 0)
-            report = trial / "val.json"
-            if not report.is_file():
-                run("evaluate.py", "--run", trial, *self.target, "--split", "val", "--n", 32, "--steps", 2,
-                    "--tasks", *tasks, "--out", report)
-            measured = json.loads(report.read_text())["tasks"].values()
-            losses[lr] = sum(task["scores"]["loss"]["mean"] for task in measured) / len(measured)
-        best = min(losses, key=losses.get)
-        print(f"{row}: --lr {best:g} ({', '.join(f'{lr:g}: {loss:.4f}' for lr, loss in losses.items())})", flush=True)
-        return best
+    def trial(self, row, lr):
+        """Denoising loss on the val split after a third of the steps."""
+        folder = self.train_row(self.place(row) / f"trial-{lr:g}", row, max(1, self.args.steps // 3),
+                                "--lr", lr, "--seed", 0)
+        report = folder / "val.json"
+        if not report.is_file():
+            run("evaluate.py", "--run", folder, *self.target, "--split", "val", "--n", 32, "--steps", 2,
+                "--tasks", *self.tasks, "--out", report)
+        measured = json.loads(report.read_text())["tasks"].values()
+        return sum(task["scores"]["loss"]["mean"] for task in measured) / len(measured)
 
-    def runs(self, row, table):
-        """Run folders of a row, one for each seed."""
-        if row == "base, untuned":
-            return [self.base()]
-        steps, place, of = self.args.steps, self.place(row, table), row
-        if row == "RDTF, equal seconds":
-            of, seconds = "RDTF", core_seconds(self.base()) + core_seconds(self.runs("SimDA", table)[0])
-            steps = max(1, round(steps * seconds / core_seconds(self.runs("RDTF", table)[0])))
-            place = place.with_name(f"{place.name}-{table}")
-        lr = self.learning_rate(of, table)
-        return [self.train_row(place / f"seed-{seed}", of, table, steps, "--lr", lr, "--seed", seed)
-                for seed in self.args.seeds]
+    def choose_rates(self, rows, pool):
+        """Into self.rates: for each row the one of --lrs whose trial has the lowest loss."""
+        lrs = self.args.lrs
+        if len(lrs) == 1:
+            self.rates = dict.fromkeys(rows, lrs[0])
+            return
+        losses = list(pool.map(lambda pair: self.trial(*pair), [(row, lr) for row in rows for lr in lrs]))
+        for i, row in enumerate(rows):
+            tried = dict(zip(lrs, losses[i * len(lrs):]))                # zip ends with lrs
+            self.rates[row] = min(tried, key=tried.get)
+            said = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tried.items())
+            print(f"{row}: --lr {self.rates[row]:g} ({said})", flush=True)
 
-    def table(self, table):
-        found = {row: self.runs(row, table) for row in self.args.rows}
+    def train_rows(self):
+        """{row: run folders, one for each seed}."""
+        a = self.args
+        train(self.base, *self.common, "--data", a.source, "--preset", BASES[a.preset], "--tasks", "t2v",
+              "--steps", a.base_steps, processes=a.jobs)
+        long = "RDTF, equal seconds"
+        needed = {"RDTF", "SimDA"} if long in a.rows else set()
+        rows = [row for row in ROWS if row in needed | set(a.rows) and row not in (long, UNTUNED)]
+
+        def train_seeds(rows, steps):
+            work = [(row, seed) for row in rows for seed in a.seeds]
+            return list(pool.map(lambda pair: self.train_row(
+                self.place(pair[0]) / f"seed-{pair[1]}", pair[0].replace(long, "RDTF"), steps,
+                "--lr", self.rates[pair[0]], "--seed", pair[1]), work))
+        with ThreadPoolExecutor(a.jobs) as pool:
+            self.choose_rates(rows, pool)
+            train_seeds(rows, a.steps)
+            if long in a.rows:
+                rdtf, simda = (core_seconds(self.place(row) / f"seed-{a.seeds[0]}") for row in ("RDTF", "SimDA"))
+                self.rates[long] = self.rates["RDTF"]
+                train_seeds([long], max(1, round(a.steps * (core_seconds(self.base) + simda) / rdtf)))
+        return {row: [self.base] if row == UNTUNED else [self.place(row) / f"seed-{seed}" for seed in a.seeds]
+                for row in a.rows}
+
+    def tables(self):
+        found = self.train_rows()
         costs = [[row, str(len(folders)), f"{core_seconds(folders[0]):.0f}"] for row, folders in found.items()]
         print(f"\n{markdown(['row', 'runs', 'core-seconds of the first on the target'], costs)}\n"
-              f"base: {core_seconds(self.base()):.0f} core-seconds on the source\n", flush=True)
-        rows = [f"{row}={folders[0] if row == 'base, untuned' else folders[0].parent / 'seed-*[0-9]'}"
+              f"base: {core_seconds(self.base):.0f} core-seconds on the source\n", flush=True)
+        rows = [f"{row}={folders[0] if row == UNTUNED else folders[0].parent / 'seed-*[0-9]'}"
                 for row, folders in found.items()]
-        run("evaluate.py", "--table", table, "--rows", *rows, *self.target, "--n", self.args.n,
-            "--out", self.out / f"table-{table}.json")
+        for table in self.args.tables:
+            run("evaluate.py", "--table", table, "--rows", *rows, *self.target, "--n", self.args.n,
+                "--out", self.out / f"table-{table}.json")
 
 
 def check_apart(source, target):
@@ -166,12 +175,14 @@ def main(argv=None):
     add("--tables", nargs="+", choices=sorted(TASKS_OF), default=sorted(TASKS_OF))
     add("--rows", nargs="+", choices=ROWS, default=ROWS, help="default: all; differences are to the first")
     add("--n", type=int, default=256, help="test concepts (default: %(default)s)")
+    add("--jobs", type=int, default=1, help="trainings at a time, of one thread each where there is more than one")
     add("--out", default="runs/claim", help="folder of all runs (default: %(default)s)")
     args = parser.parse_args(argv)
-    check_least(args, steps=3, base_steps=1, batch=1, n=2)
+    check_least(args, steps=3, base_steps=1, batch=1, n=2, jobs=1)
     check_apart(args.source, args.data)
-    for table in args.tables:
-        Claim(args).table(table)
+    if args.jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = "1"
+    Claim(args).tables()
 
 
 if __name__ == "__main__":
