@@ -5,7 +5,7 @@
     python evaluate.py --run checkpoints/mini.safetensors                # the shipped weights; numbers in out/mini
     python evaluate.py --i3d i3d_pretrained_400.pt --dover DOVER.pth --clip open_clip_pytorch_model.bin
     python evaluate.py --compare runs/a runs/b                           # a row for each run that was evaluated
-    python evaluate.py --table 3 --rows "DFGN=runs/ablations/sti-*" "DFGN + DDU=runs/ablations/ddu-*"  # or 1, 2, 4, 8
+    python evaluate.py --table 3 --rows "DFGN=runs/ablations/sti-*" "DFGN + DDU=runs/ablations/ddu-*"  # or 1, 2, 4
 
 One sticker of each concept of a split, evenly spaced frames, on white, the masks of data.eval_mask. PSNR is of frames
 that are not given, beside copying the nearest given frame, blending the two around it, and the VAE's round trip.
@@ -16,8 +16,6 @@ concepts, in the paper's tables Student's t over seeds. Clips and features are c
 import argparse
 import glob
 import json
-import statistics
-import time
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +35,6 @@ from lib.judge import SHIPPED
 from lib.media import check_sheet, contact_sheet, even_frames, to_rgba, to_tensor
 from lib.options import check_least
 from lib.standins import denoising_loss, fd_app, fd_mot
-from model import PRESETS, RDTF, count
 from sample import DEFAULTS, Sampler
 
 ROOT = Path(__file__).parent
@@ -326,49 +323,13 @@ def table(args):
     print(*text, out, sep="\n\n")
 
 
-def clip_batch(c, B, T, side, device="cpu"):
-    """Arguments of DFGN.forward for B clips of T frames of side x side latents, 77 tokens, no frame given."""
-    z, ones = torch.randn(B, T, c.channels, side, side, device=device), torch.ones(B, T, device=device)
-    return dict(z_t=z, t=torch.full((B,), 500, device=device), context=torch.randn(B, 77, c.text_width, device=device),
-                known=torch.zeros_like(z), cond_mask=0 * ones, loss_mask=ones)
-
-
-def seconds(work):
-    """Seconds that work() takes, with what it has started on a GPU."""
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-@torch.no_grad()
-def table8(config, rounds=3):
-    """Rows of Table 8: parameters and seconds of one forward pass, the paper's methods and ours on this machine.
-
-    Medians over rounds in which both precisions take turns, after one to warm up. Random weights change no speed."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    net, taken = RDTF(config).to(device).eval().dfgn, {"float32": [], "bf16": []}
-    batch = clip_batch(config.dfgn, 1, config.frames, config.vae.side, device)
-    for _ in range(rounds + 1):
-        for precision, found in taken.items():
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                found.append(seconds(lambda: net(**batch)))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    paper = [[f"{method} (paper)", "V100", str(r["params_B"]), str(r["seconds"])]
-             for method, r in PAPER["table8_cost"]["rows"].items()]
-    ours = [[f"RDTF here, {precision}", name, f"{count(net) / 1e9:.3f}", f"{statistics.median(found[1:]):.2f}"]
-            for precision, found in taken.items()]
-    return [["method", "on", "parameters, B", "forward, s"], *paper, *ours]
-
-
 # ---- command line
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--compare", nargs="+", metavar="RUN", help="print a row for each of these evaluated runs")
-    add("--table", choices=(*sorted(TABLES), "8"), help="print a table of the paper, its numbers beside ours")
+    add("--table", choices=sorted(TABLES), help="print a table of the paper, its numbers beside ours")
     add = parser.add_argument
     add("--run", default="runs/dfgn", help="folder with model.safetensors, or such a file (default: %(default)s)")
     add("--rows", nargs="+", default=[], metavar="NAME=PATTERN", help="of --table: run folders, one for each seed")
@@ -403,7 +364,7 @@ def parse(argv=None):
 
 def check(args):
     check_least(args, n=2, batch=1, sheet_rows=1, seed=0, steps=1)
-    if bool(args.rows) != (args.table in TABLES):
+    if bool(args.rows) != bool(args.table):
         raise UserError("--rows \"NAME=PATTERN\" ...: names the runs of --table 1, 2, 3 or 4")
     if args.i3d_eps is not None and args.i3d_eps <= 0:
         raise UserError(f"--i3d-eps {args.i3d_eps}: must be above 0")
@@ -416,12 +377,8 @@ def main(argv=None):
     keep_memory()
     if args.compare:
         print(tables.compare(args.compare))
-    elif args.table in TABLES:
+    elif args.table:
         table(args)
-    elif args.table == "8":
-        head, *lines = table8(PRESETS["paper"])
-        write_json(args.out or "out/table-8.json", [head, *lines])
-        print(tables.markdown(head, lines))
     else:
         evaluate(args)
 

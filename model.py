@@ -22,11 +22,11 @@ from lib.autoencoder import VAE
 from lib.cpu import Conv3x3, Linear, attend
 from lib.files import UserError
 from lib.options import apply_changes, check_value, dataclass_from_dict
+from lib.peft import zero_
 from lib.weights import SD_SCALE, is_own, load_adapter, load_model, load_strict, read_sd_vae
 
 END = 49407                               # open_clip's token after a caption
 UNKNOWN = 258                             # its token of the word "#"
-RECOMPUTE_FROM = 2 ** 19                  # elements of a tensor from which on memory counts for more than time
 
 
 # ---- configs
@@ -112,22 +112,6 @@ class Config:
 
 
 # ---- small parts
-def zero_(module):
-    """Zero a layer's parameters: the residual branch it ends starts as nothing."""
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module
-
-
-def recompute(function, x):
-    """function(x), of which autograd keeps x alone where x is large.
-
-    Norms and activations are computed again in the backward pass: they are cheap, and most of the memory."""
-    if not torch.is_grad_enabled() or x.numel() < RECOMPUTE_FROM:
-        return function(x)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
-
-
 class Attention(nn.Module):
     """Multi-head attention; `context` None means self-attention."""
 
@@ -142,13 +126,10 @@ class Attention(nn.Module):
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, d)
 
-    def forward(self, x, context=None, mask=None, norm=None):
-        """x (N, L, width), which passes `norm` first, context (N, Lk, context_width), mask (N, Lk) -> (N, L, width)."""
-        norm = norm or nn.Identity()
-        q = recompute(lambda x: self.to_q(norm(x)), x)
-        kv = self.to_kv(context) if context is not None else recompute(lambda x: self.to_kv(norm(x)), x)
-        k, v = kv.chunk(2, dim=-1)
-        out = attend(self.split(q), self.split(k), self.split(v), mask)
+    def forward(self, x, context=None, mask=None):
+        """x (N, L, width), context (N, Lk, context_width), mask (N, Lk) -> (N, L, width)."""
+        k, v = self.to_kv(x if context is None else context).chunk(2, dim=-1)
+        out = attend(self.split(self.to_q(x)), self.split(k), self.split(v), mask)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
@@ -158,14 +139,9 @@ class GEGLU(nn.Module):
         self.up = Linear(width, 2 * mult * width)
         self.down = Linear(mult * width, width)
 
-    def gated(self, x):
-        value, gate = x.chunk(2, dim=-1)
+    def forward(self, x):
+        value, gate = self.up(x).chunk(2, dim=-1)
         return self.down(value * F.gelu(gate))
-
-    def forward(self, x, norm=None):
-        """x (..., width), which passes `norm` first -> the same shape."""
-        norm = norm or nn.Identity()
-        return recompute(self.gated, recompute(lambda x: self.up(norm(x)), x))
 
 
 def sinusoid(positions, width):
@@ -216,8 +192,8 @@ class Resnet(nn.Module):
         self.skip = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x, clip):
-        h = recompute(lambda x: self.conv1(F.silu(self.norm1(x))), x) + clip.per_frame(self.time(clip.time))
-        return self.skip(x) + recompute(lambda h: self.conv2(F.silu(self.norm2(h))), h)
+        h = self.conv1(F.silu(self.norm1(x))) + clip.per_frame(self.time(clip.time))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
 
 
 class TemporalConv(nn.Module):
@@ -257,7 +233,7 @@ class STI(nn.Module):
     def semantic(self, x, clip):
         """What the semantic branch adds to x (B*T, C, h, w): (B*T, C, h/2, w/2)."""
         pool = (2 if x.shape[2] > 1 else 1, 2 if x.shape[3] > 1 else 1)
-        small = recompute(lambda x: F.avg_pool2d(self.norm(x), pool, ceil_mode=True), x)
+        small = F.avg_pool2d(self.norm(x), pool, ceil_mode=True)
         tokens = rearrange(small, "(b t) c h w -> b (t h w) c", t=clip.frames)
         out = self.attn(tokens, mask=clip.token_mask(small.shape[2] * small.shape[3]))  # (B, T*h*w, C)
         return rearrange(out, "b (t h w) c -> (b t) c h w", t=clip.frames, h=small.shape[2])
@@ -269,7 +245,7 @@ class STI(nn.Module):
 
     def forward(self, x, clip):
         """x (B*T, C, h, w) -> the same shape."""
-        detail = recompute(lambda x: self.detail[1](self.detail[0](x, clip), clip), x)
+        detail = self.detail[1](self.detail[0](x, clip), clip)
         semantic = F.interpolate(self.semantic(x, clip), size=x.shape[2:])
         mean = self.pooled(x, clip)
         both = torch.cat([mean + self.pooled(detail, clip), mean + self.pooled(semantic, clip)], 1)  # (B, 2C)
@@ -304,19 +280,19 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_(Linear(width, width))
 
     def enter(self, x):
-        return recompute(lambda x: self.proj_in(self.norm_in(x).flatten(2).transpose(1, 2)), x)  # (B*T, h*w, C)
+        return self.proj_in(self.norm_in(x).flatten(2).transpose(1, 2))  # (B*T, h*w, C)
 
     def read_text(self, h, clip):
         h = h.unflatten(0, (-1, clip.frames)).flatten(1, 2)  # (B, T*h*w, C): one K, V a clip
-        return h + self.cross(h, clip.context, clip.context_mask, self.norms[1])
+        return h + self.cross(self.norms[1](h), clip.context, clip.context_mask)
 
     def leave(self, x, h):
         return x + self.proj_out(h).view(len(x), -1, x.shape[1]).transpose(1, 2).unflatten(2, x.shape[2:])
 
     def forward(self, x, clip):
         h = self.enter(x)
-        h = self.read_text(h + self.attn(h, norm=self.norms[0]), clip)
-        return self.leave(x, h + self.ff(h, self.norms[2]))
+        h = self.read_text(h + self.attn(self.norms[0](h)), clip)
+        return self.leave(x, h + self.ff(self.norms[2](h)))
 
 
 class TemporalTransformer(nn.Module):
@@ -331,16 +307,13 @@ class TemporalTransformer(nn.Module):
         self.ff = GEGLU(inner, c.ff_mult)
         self.proj_out = zero_(Linear(inner, width))
 
-    def enter(self, x, frames):
-        return self.proj_in(rearrange(self.norm_in(x), "(b t) c h w -> (b h w) t c", t=frames))
-
     def forward(self, x, clip):
-        h = recompute(lambda x: self.enter(x, clip.frames), x)
+        h = self.proj_in(rearrange(self.norm_in(x), "(b t) c h w -> (b h w) t c", t=clip.frames))
         h = h + sinusoid(torch.arange(clip.frames, device=x.device), h.shape[-1]).to(h.dtype)
         mask = clip.cell_mask(x.shape[2] * x.shape[3])
         for norm, attn in zip(self.norms, self.attns):
-            h = h + attn(h, mask=mask, norm=norm)
-        h = self.proj_out(h + self.ff(h, self.norms[2]))
+            h = h + attn(norm(h), mask=mask)
+        h = self.proj_out(h + self.ff(self.norms[2](h)))
         return x + rearrange(h, "(b h w) t c -> (b t) c h w", h=x.shape[2], w=x.shape[3])
 
 
@@ -503,8 +476,8 @@ class TextEncoder(nn.Module):
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         x = self.token(self.rows(tokens)) + self.position[: tokens.shape[1]]
         for i, (attn, ff) in enumerate(zip(self.attns, self.ffs)):
-            x = x + attn(x, mask=mask, norm=self.norms[2 * i])
-            x = x + ff(x, self.norms[2 * i + 1])
+            x = x + attn(self.norms[2 * i](x), mask=mask)
+            x = x + ff(self.norms[2 * i + 1](x))
         return self.norm_out(x), mask
 
 

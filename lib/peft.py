@@ -25,6 +25,7 @@ ON_CLIPS = ("customize_a_video", "customize_a_video_st")  # on clips alone: atte
 
 
 def zero_(module):
+    """Zero a layer's parameters: the residual branch it ends starts as nothing."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -84,7 +85,7 @@ class CrossFrame(nn.Module):
         h = base.enter(x)
         normed = base.norms[0](h)
         h = base.read_text(h + (base.attn(normed) + self.branch(normed, clip)), clip)
-        return base.leave(x, h + base.ff(h, base.norms[2]))
+        return base.leave(x, h + base.ff(base.norms[2](h)))
 
 
 # ---- SimDA
@@ -112,7 +113,7 @@ class ShiftedSpatial(nn.Module):
         before = torch.cat([frames[:, :1], frames[:, :-1]], 1).flatten(0, 1)
         a = base.attn(normed, torch.cat([normed, before], 1))
         h = base.read_text(h + a + self.attention(a), clip)
-        return base.leave(x, h + base.ff(h, base.norms[2]) + self.feed_forward(h))
+        return base.leave(x, h + base.ff(base.norms[2](h)) + self.feed_forward(h))
 
 
 class TemporalAdapter(nn.Module):

@@ -1,6 +1,7 @@
 """Speed and memory on this machine, beside what products reach on it in the same run.
 
     python tools/bench.py network                  # paper, small, memory: 15 minutes on two cores, 13 GB of memory
+    python tools/bench.py table8                   # parameters and seconds of a forward pass, the paper's beside
     python tools/bench.py ranks                    # one gloo rank against two, mini preset; wants data and a VAE
     python tools/bench.py data                     # clips/s: decoding on the fly, prepared frames, latent cache
     python tools/bench.py ingest                   # preparing stickers beside decoding them, one worker and two
@@ -31,17 +32,33 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from evaluate import clip_batch, seconds  # noqa: E402
 from lib.cpu import keep_memory  # noqa: E402
 from lib.files import UserError, run_cli  # noqa: E402
 from lib.i3d import I3D  # noqa: E402
 from lib.media import even_frames, read_animation, to_tensor  # noqa: E402
 from lib.options import flag  # noqa: E402
 from lib.sources import FLUENT, fetch, tar_stickers  # noqa: E402
-from model import DFGN, PRESETS, count  # noqa: E402
+from lib.tables import markdown  # noqa: E402
+from model import DFGN, PRESETS, RDTF, count  # noqa: E402
 
 PAPER = PRESETS["paper"].dfgn
 SMALL = replace(PAPER, widths=(64, 128, 192, 256))
+
+
+def clip_batch(c, B, T, side, device="cpu"):
+    """Arguments of DFGN.forward for B clips of T frames of side x side latents, 77 tokens, no frame given."""
+    z, ones = torch.randn(B, T, c.channels, side, side, device=device), torch.ones(B, T, device=device)
+    return dict(z_t=z, t=torch.full((B,), 500, device=device), context=torch.randn(B, 77, c.text_width, device=device),
+                known=torch.zeros_like(z), cond_mask=0 * ones, loss_mask=ones)
+
+
+def seconds(work):
+    """Seconds that work() takes, with what it has started on a GPU."""
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def compare(works, rounds):
@@ -117,6 +134,22 @@ def memory():
 
 
 NETWORK = dict(paper=lambda: measure(PAPER, 1, 8, 32, 3), small=lambda: measure(SMALL, 2, 8, 16, 7), memory=memory)
+
+
+# ---- Table 8
+
+def table8(config=PRESETS["paper"], rounds=3):
+    """Print Table 8: parameters and seconds of one forward pass, the paper's methods and ours on this machine.
+
+    Random weights change no speed."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    net, batch = RDTF(config).to(device).eval().dfgn, clip_batch(config.dfgn, 1, config.frames, config.vae.side, device)
+    took = compare({"float32": lambda: forward(net, batch), "bf16": lambda: forward(net, batch, bf16=True)}, rounds)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    paper = json.loads((ROOT / "assets/paper_tables.json").read_text())["table8_cost"]["rows"]
+    rows = [[f"{method} (paper)", "V100", str(r["params_B"]), str(r["seconds"])] for method, r in paper.items()]
+    rows += [[f"RDTF here, {how}", name, f"{count(net) / 1e9:.3f}", f"{t:.2f}"] for how, t in took.items()]
+    print(markdown(["method", "on", "parameters, B", "forward, s"], rows))
 
 
 # ---- training, data, metrics
@@ -209,7 +242,7 @@ def i3d(rounds=5):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("network", "ranks", "data", "ingest", "i3d"))
+    parser.add_argument("what", choices=("network", "table8", "ranks", "data", "ingest", "i3d"))
     parser.add_argument("cases", nargs="*", help=f"of network: {', '.join(NETWORK)} (default: all)")
     parser.add_argument("--data", default="data/fluent", help="prepared set (default: %(default)s)")
     parser.add_argument("--vae", default="runs/vae/model.safetensors", help="of ranks (default: %(default)s)")
@@ -222,7 +255,7 @@ def main(argv=None):
         for name in args.cases or NETWORK:
             NETWORK[name]()
     else:
-        dict(ranks=lambda: ranks(args.data, args.vae), data=lambda: feed(args.data),
+        dict(table8=table8, ranks=lambda: ranks(args.data, args.vae), data=lambda: feed(args.data),
              ingest=lambda: ingest(args.data), i3d=i3d)[args.what]()
 
 
