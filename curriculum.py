@@ -114,11 +114,9 @@ def read_entropy(log):
 
 
 def plot(path, log=None):
-    steps, measured = read_entropy(log) if log else ((), ())
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, 4, figsize=(15, 3.4), constrained_layout=True)
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(15, 3.4), layout="constrained")
+    axes = fig.subplots(1, 4)
     for mode, axis in zip(MODES, axes):
         probabilities, entropy = simulate(mode)
         for task, p in zip(TASKS, probabilities.T):
@@ -126,6 +124,7 @@ def plot(path, log=None):
         axis.set(title=mode, ylim=(0, 0.45))
         axes[3].plot(np.linspace(0, 1, len(entropy)), entropy, label=f"{mode} (made-up loss)")
     if log:
+        steps, measured = read_entropy(log)
         axes[3].plot([step / steps[-1] for step in steps], measured, "k", label="measured")
     axes[0].set_ylabel("probability of a task")
     axes[3].set_title("expected sample entropy H")

@@ -21,7 +21,7 @@ from lib import peft
 from lib.autoencoder import VAE
 from lib.cpu import Conv3x3, Linear, attend
 from lib.files import UserError
-from lib.options import apply_changes, check_value, dataclass_from_dict
+from lib.options import apply_changes, check_config, check_value, dataclass_from_dict
 from lib.peft import zero_
 from lib.weights import SD_SCALE, is_own, load_adapter, load_model, load_strict, read_sd_vae
 
@@ -594,24 +594,6 @@ BASE = dict(temporal="none", known=False)  # what the compared methods tune: 1.3
 for name, of, changes in (("tiny-base", "tiny", {}), ("base", "mini", dict(widths=(112, 224), ff_mult=3)),
                           ("paper-base", "paper", dict(widths=(384, 768, 1280, 1280)))):
     PRESETS[name] = replace(PRESETS[of], name=name, dfgn=replace(PRESETS[of].dfgn, **BASE, **changes))
-
-
-def check_config(config):
-    """ValueError where the parts do not go together."""
-    vae, text, dfgn = config.vae, config.text, config.dfgn
-    if text.kind not in ("small", "open_clip"):
-        raise ValueError(f"text.kind {text.kind!r} is unknown: small or open_clip")
-    for ours, a, theirs, b in (("vae.latent_channels", vae.latent_channels, "dfgn.channels", dfgn.channels),
-                               ("text.width", text.width, "dfgn.text_width", dfgn.text_width)):
-        if a != b:
-            raise ValueError(f"{ours} is {a}, {theirs} is {b}; they must be equal")
-    unit = vae.factor * 2 ** (len(dfgn.widths) - 1)
-    if vae.size % unit:
-        raise ValueError(f"vae.size is {vae.size}, not a multiple of {unit} (vae.patch, vae.widths, dfgn.widths)")
-    if min(vae.layers, dfgn.layers) < 1:
-        raise ValueError("vae.layers and dfgn.layers must be at least 1")
-    if min(dfgn.widths) < dfgn.head_dim:
-        raise ValueError(f"dfgn.head_dim is {dfgn.head_dim}, dfgn.widths {dfgn.widths} are too narrow for one head")
 
 
 def preset(name, changes=()):

@@ -257,7 +257,7 @@ def main(argv=None):
     sampler = Sampler(args.model or SHIPPED, args.vae, clip_weights=args.clip_weights)
     task, frames, mask = read_given(args, sampler)
     args.duration = args.duration or 125
-    prompts = ["" if task == "i2v" else p for p in args.prompt for _ in range(args.num)] or [""] * args.num
+    prompts = ["" if task == "i2v" else p for p in args.prompt or [""] for _ in range(args.num)]
     settings = sampler.settings(**{name: getattr(args, name) for name in DEFAULTS})
     timesteps(sampler.config.diffusion.steps, settings["steps"])  # refuses too many
     clips = []

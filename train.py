@@ -40,10 +40,9 @@ from lib.distributed import gather, on_all_ranks, setup
 from lib.files import UserError, file_hash, first_line, run_cli
 from lib.media import contact_sheet, to_tensor
 from lib.options import parse_fields
-from lib.sources import read_caption
 from lib.towers import cache_features, name_tower
-from lib.train_options import check_method, check_options
-from lib.weights import read_own, save_model
+from lib.train_options import check_method, check_options, load_absorber, read_prompts
+from lib.weights import save_model
 from model import RDTF, VAE, load_rdtf, load_vae, preset
 from sample import Sampler
 
@@ -280,23 +279,6 @@ def load_base(path, config, inputs):
     if (meta["vae"], meta.get("text", {}).get("hash")) != (inputs["vae"], inputs.get("clip_weights")):
         raise UserError(f"--base {path}: trained with another VAE or text tower than --vae or --clip-weights")
     return base.state_dict()
-
-
-def load_absorber(path, rank, base):
-    """Weights of a run of appearance_lora, which must be of this rank and base (its hash)."""
-    meta, weights = read_own(path, "adapter", "train one with --method appearance_lora")
-    if (meta["method"], meta["rank"], meta["base"]) != ("appearance_lora", rank, base):
-        raise UserError(f"--absorber {path}: {meta['method']} of rank {meta['rank']}; appearance_lora of --rank {rank} "
-                        "on the same --base is needed")
-    return weights
-
-
-def read_prompts(path):
-    """The captions of a file, one a line."""
-    prompts = [line.strip() for line in read_caption(Path(path)).splitlines() if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts {path}: no captions in it; write one a line")
-    return prompts
 
 
 def draw_condition(c, p, step, n, real, T, timesteps):

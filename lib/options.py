@@ -100,3 +100,21 @@ def apply_changes(config, changes):
             raise UserError(f"--set {change}: {text!r} is not a {type(old).__name__}") from None
         config[part][key] = value
     return config
+
+
+def check_config(config):
+    """ValueError where the parts do not go together."""
+    vae, text, dfgn = config.vae, config.text, config.dfgn
+    if text.kind not in ("small", "open_clip"):
+        raise ValueError(f"text.kind {text.kind!r} is unknown: small or open_clip")
+    for ours, a, theirs, b in (("vae.latent_channels", vae.latent_channels, "dfgn.channels", dfgn.channels),
+                               ("text.width", text.width, "dfgn.text_width", dfgn.text_width)):
+        if a != b:
+            raise ValueError(f"{ours} is {a}, {theirs} is {b}; they must be equal")
+    unit = vae.factor * 2 ** (len(dfgn.widths) - 1)
+    if vae.size % unit:
+        raise ValueError(f"vae.size is {vae.size}, not a multiple of {unit} (vae.patch, vae.widths, dfgn.widths)")
+    if min(vae.layers, dfgn.layers) < 1:
+        raise ValueError("vae.layers and dfgn.layers must be at least 1")
+    if min(dfgn.widths) < dfgn.head_dim:
+        raise ValueError(f"dfgn.head_dim is {dfgn.head_dim}, dfgn.widths {dfgn.widths} are too narrow for one head")

@@ -1,7 +1,11 @@
-"""What train.py refuses: its options alone, before anything is read or built."""
+"""What train.py refuses: options, and small files that they name."""
+from pathlib import Path
+
 from lib import peft
 from lib.files import UserError
 from lib.options import check_least, check_most, check_shares, check_words, flag
+from lib.sources import read_caption
+from lib.weights import read_own
 
 
 def check_options(c, **words):
@@ -39,3 +43,20 @@ def check_method(c, dfgn):
         raise UserError(f"--method {c.method}: trained on single frames alone; give --still-share 1")
     if c.method in peft.ON_CLIPS and set(c.still_share) != {0}:
         raise UserError(f"--method {c.method}: attention over one frame learns nothing; give --still-share 0")
+
+
+def load_absorber(path, rank, base):
+    """Weights of a run of appearance_lora, which must be of this rank and base (its hash)."""
+    meta, weights = read_own(path, "adapter", "train one with --method appearance_lora")
+    if (meta["method"], meta["rank"], meta["base"]) != ("appearance_lora", rank, base):
+        raise UserError(f"--absorber {path}: {meta['method']} of rank {meta['rank']}; appearance_lora of --rank {rank} "
+                        "on the same --base is needed")
+    return weights
+
+
+def read_prompts(path):
+    """The captions of a file, one a line."""
+    prompts = [line.strip() for line in read_caption(Path(path)).splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {path}: no captions in it; write one a line")
+    return prompts

@@ -1,5 +1,6 @@
 """tools/claim.py: every row of Tables 1 and 2 is trained as it says, on any folder of captioned clips."""
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ def target(tmp_path_factory):
 @pytest.fixture
 def argv(target, stickers16, tiny_vae, tmp_path):
     options = ["--data", target, "--source", stickers16, "--vae", tiny_vae / "model.safetensors", "--preset", "tiny",
-               "--precision", "float32", "--steps", 4, "--base-steps", 2, "--batch", 1, "--n", 3, "--seeds", 0,
+               "--precision", "float32", "--steps", 4, "--base-steps", 2, "--batch", 2, "--n", 3, "--seeds", 0,
                "--out", tmp_path / "claim"]
     return list(map(str, options))
 
@@ -41,6 +42,9 @@ def test_every_row_is_trained_and_compared(argv, tmp_path, capfd):
         assert f"| {row} | 1 |" in said and (row == "RDTF" or f"| {row} - RDTF | " in said)
     for path in (tmp_path / "claim").rglob("config.json"):
         runs[str(path.parent.relative_to(tmp_path / "claim"))] = json.loads(path.read_text())["train"]
+    assert runs.pop("gate/lora")["data"] == runs.pop("gate/lora-absorber")["data"] == runs["base"]["data"]
+    assert runs.pop("gate/untrained")["lr"] == 1e-12
+    assert re.search(r"\| base, LoRA on the source \| \d+\.\d+ \| \d+\.\d+ \|", said)
     assert len(runs) == len(claim.ROWS) + 2                              # the base is a row; two first stages
     base = runs.pop("base")
     assert base["tasks"] == ["t2v"] and base["data"] != runs["rdtf/seed-0"]["data"] and base["steps"] == 2
@@ -64,17 +68,19 @@ def test_learning_rates_are_chosen_on_val(argv, tmp_path, monkeypatch):
         options = list(map(str, options))
         calls.append((script, options))
         if "--run" in options:
-            loss = {"0.0001": 0.3, "0.001": 0.2, "0.0003": 0.25}[options[options.index("--run") + 1].split("trial-")[1]]
-            assert options[options.index("--split") + 1] == "val"
-            Path(options[-1]).write_text(json.dumps(dict(tasks=dict(it2v=dict(scores=dict(loss=dict(mean=loss)))))))
+            _, _, lr = options[options.index("--run") + 1].partition("trial-")
+            assert "val" in options or not lr
+            loss = dict(mean={"0.0001": 0.3, "0.001": 0.2, "0.0003": 0.25}.get(lr, 0.5))
+            report = dict(tasks=dict(it2v=dict(scores=dict(loss=loss))))
+            Path(options[options.index("--out") + 1]).write_text(json.dumps(report))
         elif script == "train.py":
             folder = Path(options[-1])
             folder.mkdir(parents=True)
-            (folder / "model.safetensors").touch()
+            (folder / "log.jsonl").write_text('{"loss": 1.0}\n' * 4)
     monkeypatch.setattr(claim, "run", run)
     monkeypatch.setattr(claim, "core_seconds", lambda folder: 1)
     claim.main([*argv, "--tables", "1", "--rows", "SimDA"])
-    trained = [options for script, options in calls if script == "train.py" and "--lr" in options]
+    trained = [options for script, options in calls if script == "train.py" and "--seed" in options]
     assert [(o[o.index("--lr") + 1], o[o.index("--steps") + 1]) for o in trained] == [
         ("0.0001", "1"), ("0.0003", "1"), ("0.001", "1"), ("0.001", "4")]
     done = len(calls)

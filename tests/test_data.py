@@ -73,11 +73,6 @@ def test_key_frames_are_the_first_of_each_scene_and_exactly_k():
     assert list(table) == ["3", "4", "5", "6", "7", "8"]
     for k, keys in table.items():
         assert keys == sorted(set(keys)) and len(keys) == int(k) and keys[0] == 0 and keys[-1] < 12
-        assert keys == data.key_frames(x, int(k))                     # the coordinates change no cluster
-    x[7] = x[3]
-    y = data.coordinates(x)
-    distances = [np.square(a[:, None].astype(float) - a).sum(-1) for a in (x, y)]
-    assert y.shape == (12, 12) and np.allclose(*distances, atol=1e-3) and np.array_equal(y[7], y[3])
     for n in (2, 3, 5, 12):                                           # equal frames: filled up
         table = data.key_table(plates([RED] * n))["keys"]
         assert len(table) == min(n, 8) - 2

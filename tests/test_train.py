@@ -83,6 +83,11 @@ def test_log_lines(tiny_dfgn, tiny_vae):
     assert [line["step"] for line in log_of(tiny_vae)] == [2, 4]
 
 
+def test_seconds_of_the_log_are_those_of_all_ranks(monkeypatch):
+    monkeypatch.setattr(loop, "gather", lambda mine, world: torch.cat([mine * 0 + 2.5] * world))
+    assert loop.Window().rates(torch.device("cpu"), 3)["cpu_s"] == 7.5
+
+
 def test_the_vaes_latents_are_standardised(tiny_vae, stickers16):
     vae, meta = load_vae(tiny_vae / "model.safetensors")
     stickers = data.StickerSet(stickers16, "train")

@@ -20,6 +20,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -40,7 +42,7 @@ ROWS = ["RDTF", "RDTF, equal seconds", "base's width from scratch", *TUNED, UNTU
 
 def run(script, *arguments, processes=1):
     """Run a script of the repository to its end. UserError: it failed, and has said why."""
-    many = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     if subprocess.run([sys.executable, *many, ROOT / script, *map(str, arguments)]).returncode:
         raise UserError(f"{script} failed; the same command goes on from here")
 
@@ -89,16 +91,41 @@ class Claim:
     def place(self, row):
         return self.out / "".join(c if c.isalnum() else "-" for c in row.lower())
 
-    def trial(self, row, lr):
-        """Denoising loss on the val split after a third of the steps."""
-        folder = self.train_row(self.place(row) / f"trial-{lr:g}", row, max(1, self.args.steps // 3),
-                                "--lr", lr, "--seed", 0)
-        report = folder / "val.json"
+    def loss(self, folder, name, tasks, *options):
+        """Denoising loss of a run, mean of tasks; the report is kept in its folder."""
+        report = folder / f"{name}.json"
         if not report.is_file():
-            run("evaluate.py", "--run", folder, *self.target, "--split", "val", "--n", 32, "--steps", 2,
-                "--tasks", *self.tasks, "--out", report)
+            run("evaluate.py", "--run", folder, "--steps", 2, "--tasks", *tasks, "--out", report, *options)
         measured = json.loads(report.read_text())["tasks"].values()
         return sum(task["scores"]["loss"]["mean"] for task in measured) / len(measured)
+
+    def trial(self, row, lr):
+        """Loss on the val split after a third of the steps."""
+        folder = self.train_row(self.place(row) / f"trial-{lr:g}", row, max(1, self.args.steps // 3),
+                                "--lr", lr, "--seed", 0)
+        return self.loss(folder, "val", self.tasks, *self.target, "--split", "val", "--n", 32)
+
+    def gate(self):
+        """Print what the base must show before anything is claimed: it has converged, knows its source, LoRA reaches
+        it there, and what it knows is of use on the target."""
+        a, source = self.args, ["--data", self.args.source]
+        lora = [*self.common, *source, "--preset", BASES[a.preset], "--base", self.base / "model.safetensors"]
+        first = train(self.out / "gate/lora-absorber", *lora, "--method", "appearance_lora", "--still-share", 1,
+                      "--steps", max(1, a.steps * 3 // 10))
+        tuned = train(self.out / "gate/lora", *lora, "--method", "customize_a_video_st", "--still-share", 0, "--tasks",
+                      "t2v", "--absorber", first / "model.safetensors", "--steps", a.steps)
+        untrained = train(self.out / "gate/untrained", *self.common, *source, "--preset", BASES[a.preset],
+                          "--lr", 1e-12, "--steps", 1)
+        rows = []
+        for name, folder in {"untrained": untrained, "base": self.base, "base, LoRA on the source": tuned}.items():
+            losses = (self.loss(folder, f"gate-{where}", ["t2v"], *options, "--n", a.n)
+                      for where, options in (("source", source), ("target", self.target)))
+            rows.append([name, *(f"{loss:.4f}" for loss in losses)])
+        losses = [json.loads(line)["loss"] for line in (self.base / "log.jsonl").read_text().splitlines()]
+        n = len(losses)
+        third, last = np.mean(losses[n // 2:max(n * 3 // 4, n // 2 + 1)]), np.mean(losses[n * 3 // 4:])
+        print(f"\n{markdown(['t2v denoising loss, held out', 'source', 'target'], rows)}\n"
+              f"training loss of the base, third and last quarter: {third:.4f}, {last:.4f}\n", flush=True)
 
     def choose_rates(self, rows, pool):
         """Into self.rates: for each row the one of --lrs whose trial has the lowest loss."""
@@ -115,10 +142,7 @@ class Claim:
 
     def train_rows(self):
         """{row: run folders, one for each seed}."""
-        a = self.args
-        train(self.base, *self.common, "--data", a.source, "--preset", BASES[a.preset], "--tasks", "t2v",
-              "--steps", a.base_steps, processes=a.jobs)
-        long = "RDTF, equal seconds"
+        a, long = self.args, "RDTF, equal seconds"
         needed = {"RDTF", "SimDA"} if long in a.rows else set()
         rows = [row for row in ROWS if row in needed | set(a.rows) and row not in (long, UNTUNED)]
 
@@ -138,14 +162,18 @@ class Claim:
                 for row in a.rows}
 
     def tables(self):
+        a = self.args
+        train(self.base, *self.common, "--data", a.source, "--preset", BASES[a.preset], "--tasks", "t2v",
+              "--steps", a.base_steps, processes=a.jobs)
+        self.gate()
         found = self.train_rows()
         costs = [[row, str(len(folders)), f"{core_seconds(folders[0]):.0f}"] for row, folders in found.items()]
         print(f"\n{markdown(['row', 'runs', 'core-seconds of the first on the target'], costs)}\n"
               f"base: {core_seconds(self.base):.0f} core-seconds on the source\n", flush=True)
         rows = [f"{row}={folders[0] if row == UNTUNED else folders[0].parent / 'seed-*[0-9]'}"
                 for row, folders in found.items()]
-        for table in self.args.tables:
-            run("evaluate.py", "--table", table, "--rows", *rows, *self.target, "--n", self.args.n,
+        for table in a.tables:
+            run("evaluate.py", "--table", table, "--rows", *rows, *self.target, "--n", a.n,
                 "--out", self.out / f"table-{table}.json")
 
 
