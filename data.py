@@ -360,6 +360,7 @@ def parse(argv):
     add["fluent"]("--parts", type=int, nargs="+", choices=parts, default=parts, help="which packages")
     add["emoji"]("--hold-out", choices=("fluent", "all"), default="fluent", help="styles whose drawings of held-out "
                  "concepts are not trained on (default: %(default)s)")
+    add["emoji"]("--styles", nargs="+", choices=list(sources.STILLS), default=list(sources.STILLS), help="default: all")
     add["emoji"]("--moving", action="store_true", help="move each still by a motion that its caption names")
     add["vsd2m"]("manifest")
     add["vsd2m"]("--root", required=True, help="folder that visual_path is relative to")
@@ -388,9 +389,11 @@ def source_of(o):
         return (f"fluent {' '.join(map(str, parts))}", lambda: sources.fluent_jobs(parts, Path(o.out).parent / "npm"),
                 dict(licences=[sources.LICENCES["fluent"]]))
     if o.command == "emoji":
-        jobs = functools.partial(sources.emoji_jobs, o.hold_out, Path(o.out).parent / "npm", o.moving)
-        name = f"emoji, held out: {o.hold_out}" + (", moving" if o.moving else "")
-        return name, jobs, dict(licences=list(sources.LICENCES.values()))
+        styles = [style for style in sources.STILLS if style in o.styles]
+        jobs = functools.partial(sources.emoji_jobs, o.hold_out, Path(o.out).parent / "npm", o.moving, styles)
+        some = " " + " ".join(styles) if len(styles) < len(sources.STILLS) else ""
+        name = f"emoji{some}, held out: {o.hold_out}" + (", moving" if o.moving else "")
+        return name, jobs, dict(licences=[sources.LICENCES[style] for style in styles])
     if o.command == "synthetic":
         return f"synthetic {o.n}", lambda: sources.synthetic_plans(o.n), dict(total=o.n, read=sources.synthetic_job)
     outside = ", files outside too" if o.allow_outside else ""

@@ -176,13 +176,14 @@ def move(still, motion, n=8):
     return np.stack(frames)
 
 
-def emoji_jobs(hold_out, downloads, moving=False):
+def emoji_jobs(hold_out, downloads, moving=False, styles=tuple(STILLS)):
     """Fetch the stills of all STILLS into the folder `downloads`, then return a generator of jobs.
 
     moving: each has one of STILL_MOTIONS, whose name is in the caption; a hash of the file chooses.
 
-    Those that all styles have and that are no flags. The style is a word of the caption. hold_out: "all" splits every
-    style by concept; "fluent" Fluent's alone, and the others' drawings of held-out concepts are trained on."""
+    styles: whose stills are given, those that all of STILLS have and that are no flags. The style is a word of the
+    caption. hold_out: "all" splits every style by concept; "fluent" Fluent's alone, and the others' drawings of
+    held-out concepts are trained on."""
     labels = emoji_labels(fetch(*EMOJIBASE, downloads))
     archives = {style: (fetch(*package, downloads), pattern) for style, (package, pattern) in STILLS.items()}
     common = {points for points, label in labels.items() if label["group"] != "flags"}
@@ -190,7 +191,8 @@ def emoji_jobs(hold_out, downloads, moving=False):
         common &= {code_points(stem) for stem, _ in tar_stickers(*archive)}
 
     def jobs():
-        for style, archive in archives.items():
+        for style in styles:
+            archive = archives[style]
             left = set(common)                   # some of Fluent's are there twice, with and without fe0f
             for stem, content in tar_stickers(*archive):
                 if (points := code_points(stem)) in left:

@@ -94,6 +94,9 @@ def test_the_emoji_command_writes_styles_and_licences_and_counts(stills, capsys)
     assert [r["style"] for r in found.records] == ["noto"] * 3 + ["twemoji"] * 3 + ["fluent"] * 3
     assert found.frames[0][0, 0].tolist() == [200, 0, 0, 255] and found.frames[8][0, 0].tolist() == [0, 0, 200, 255]
     assert any("CC-BY-4.0" in licence for licence in found.meta["licences"]) and len(found.meta["licences"]) == 3
+    data.main(["emoji", "--styles", "noto", "--size", "8", "--out", str(out.parent / "noto"), "--workers", "1"])
+    found = data.StickerSet(out.parent / "noto")
+    assert {r["style"] for r in found.records} == {"noto"} and found.meta["licences"] == [sources.LICENCES["noto"]]
 
 
 def test_emoji_stills_are_joined_by_code_point_and_held_out_by_style(stills):
@@ -110,6 +113,8 @@ def test_emoji_stills_are_joined_by_code_point_and_held_out_by_style(stills):
     assert held_out == ["fluent/1f525"]
     held_out = [j["file"] for j in sources.emoji_jobs("all", stills) if j["split"] == "val"]
     assert held_out == ["noto/1f525", "twemoji/1f525", "fluent/1f525"]
+    assert [j["file"] for j in sources.emoji_jobs("all", stills, styles=["twemoji"])] == [
+        "twemoji/1f525", "twemoji/1f44b", "twemoji/2764"]
 
 
 def test_stills_are_moved_as_their_captions_say(stills):
