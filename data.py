@@ -131,7 +131,8 @@ def key_frames(x, k):
 
 def key_table(frames):
     """What preparing adds to an index record: the key frames for each k."""
-    x = features(frames)
+    x = features(frames)                         # -> (n, n) of the same distances: k-means takes a third of the time
+    x = np.linalg.qr((x - x.mean(0)).T.astype(np.float64), mode="r").T[first_equal(x)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")          # of empty clusters
         return dict(keys={str(k): key_frames(x, k) for k in range(3, min(MAX_KEYS, len(frames)) + 1)})

@@ -73,6 +73,7 @@ def test_key_frames_are_the_first_of_each_scene_and_exactly_k():
     assert list(table) == ["3", "4", "5", "6", "7", "8"]
     for k, keys in table.items():
         assert keys == sorted(set(keys)) and len(keys) == int(k) and keys[0] == 0 and keys[-1] < 12
+        assert keys == data.key_frames(x, int(k))                     # fewer coordinates change no cluster
     for n in (2, 3, 5, 12):                                           # equal frames: filled up
         table = data.key_table(plates([RED] * n))["keys"]
         assert len(table) == min(n, 8) - 2
