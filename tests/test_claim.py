@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import data
 from lib.files import UserError
@@ -46,6 +47,7 @@ def test_every_row_is_trained_and_compared(argv, tmp_path, capfd):
     assert runs.pop("gate/untrained")["lr"] == 1e-12
     assert re.search(r"\| base, LoRA on the source \| \d+\.\d+ \| \d+\.\d+ \|", said)
     assert len(runs) == len(claim.ROWS) + 2                              # the base is a row; two first stages
+    assert Image.open(tmp_path / "claim/differences.png").width == 1320
     base = runs.pop("base")
     assert base["tasks"] == ["t2v"] and base["data"] != runs["rdtf/seed-0"]["data"] and base["steps"] == 2
     compared = ["it2v", "interpolation", "prediction_forward", "prediction_backward"]

@@ -1,6 +1,6 @@
 """Speed and memory on this machine, beside what products reach on it in the same run.
 
-    python tools/bench.py network                  # paper, small, memory: 15 minutes on two cores, 13 GB of memory
+    python tools/bench.py network                  # paper, small, mini, memory: 15 minutes on two cores, 20 GB
     python tools/bench.py table8                   # parameters and seconds of a forward pass, the paper's beside
     python tools/bench.py ranks                    # one gloo rank against two, mini preset; wants data and a VAE
     python tools/bench.py data                     # clips/s: decoding on the fly, prepared frames, latent cache
@@ -133,7 +133,8 @@ def memory():
         print(f"paper preset, 1 clip, forward and backward, {name}: {most:.1f} GB at most", flush=True)
 
 
-NETWORK = dict(paper=lambda: measure(PAPER, 1, 8, 32, 3), small=lambda: measure(SMALL, 2, 8, 16, 7), memory=memory)
+NETWORK = dict(paper=lambda: measure(PAPER, 1, 8, 32, 3), small=lambda: measure(SMALL, 2, 8, 16, 7),
+               mini=lambda: measure(PRESETS["mini"].dfgn, 4, 8, 8, 15), memory=memory)
 
 
 # ---- Table 8

@@ -48,7 +48,9 @@ def run(script, *arguments, processes=1):
 
 
 def core_seconds(folder):
-    return sum(json.loads(line)["cpu_s"] for line in (folder / "log.jsonl").read_text().splitlines())
+    """Of a run, and of its first stage if it has one."""
+    logs = [folder / "log.jsonl", folder.with_name(folder.name + "-absorber") / "log.jsonl"]
+    return sum(json.loads(line)["cpu_s"] for log in logs if log.is_file() for line in log.read_text().splitlines())
 
 
 def train(folder, *options, processes=1):
@@ -172,9 +174,33 @@ class Claim:
               f"base: {core_seconds(self.base):.0f} core-seconds on the source\n", flush=True)
         rows = [f"{row}={folders[0] if row == UNTUNED else folders[0].parent / 'seed-*[0-9]'}"
                 for row, folders in found.items()]
-        for table in a.tables:
-            run("evaluate.py", "--table", table, "--rows", *rows, *self.target, "--n", a.n,
-                "--out", self.out / f"table-{table}.json")
+        reports = [self.out / f"table-{table}.json" for table in a.tables]
+        for table, report in zip(a.tables, reports):
+            run("evaluate.py", "--table", table, "--rows", *rows, *self.target, "--n", a.n, "--out", report)
+        if len(found) > 1:
+            plot(self.out / "differences.png", reports)
+            print(self.out / "differences.png")
+
+
+def plot(path, reports):
+    """A PNG of the differences to the first row with their 95 % intervals, a panel for each task and metric."""
+    from matplotlib.figure import Figure
+    tasks = {task: numbers["differences"] for report in reports
+             for task, numbers in json.loads(report.read_text())["tasks"].items()}
+    metrics = ("loss", "FD-app", "FD-mot")
+    rows = list(next(iter(tasks.values())))
+    fig = Figure(figsize=(4 * len(metrics), (1 + 0.3 * len(rows)) * len(tasks)), layout="constrained")
+    for line, (task, differences) in zip(fig.subplots(len(tasks), len(metrics), squeeze=False), tasks.items()):
+        for axis, metric in zip(line, metrics):
+            for place, row in enumerate(rows):
+                d = differences[row][metric]
+                axis.plot(d["interval"], [place, place], "k")
+                axis.plot(d["value"], place, "ok")
+            axis.axvline(0, color="grey", linewidth=0.8)
+            axis.set_yticks(range(len(rows)), rows if axis is line[0] else [""] * len(rows), fontsize=7)
+            axis.set_title(f"{task}: {metric}, below 0 is better", fontsize=8)
+            axis.invert_yaxis()
+    fig.savefig(path, dpi=110)
 
 
 def check_apart(source, target):
