@@ -31,8 +31,8 @@ def target(tmp_path_factory):
 @pytest.fixture
 def argv(target, stickers16, tiny_vae, tmp_path):
     options = ["--data", target, "--source", stickers16, "--vae", tiny_vae / "model.safetensors", "--preset", "tiny",
-               "--precision", "float32", "--steps", 4, "--base-steps", 2, "--batch", 2, "--n", 3, "--seeds", 0,
-               "--out", tmp_path / "claim"]
+               "--precision", "float32", "--steps", 4, "--base-steps", 2, "--batch", 1, "--base-batch", 2, "--n", 3,
+               "--seeds", 0, "--out", tmp_path / "claim"]
     return list(map(str, options))
 
 

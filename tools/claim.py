@@ -1,8 +1,8 @@
 """Tables 1 and 2: does RDTF from scratch beat tuning a larger base? Trains every row and prints both tables.
 
     python data.py fluent && python data.py emoji --hold-out all --moving --out data/source
-    python tools/claim.py --vae runs/vae/model.safetensors                       # -> runs/claim; days become hours by
-    python tools/claim.py --steps 400 --base-steps 3000 --seeds 0 1 2 --n 48     # these
+    python tools/claim.py --vae runs/vae/model.safetensors                       # -> runs/claim: days of two cores
+    make claim                                                                   # fewer concepts and steps: hours
     python tools/claim.py --rows RDTF SimDA --tables 1 --jobs 2                  # some of it, two trainings at a time
 
 The base (1.3 times RDTF's parameters) is trained on text alone, on stills of other styles moved by named motions; no
@@ -66,7 +66,8 @@ class Claim:
         self.args, self.out, self.base, self.rates = args, Path(args.out), Path(args.out) / "base", {}
         self.tasks = [task for tasks in TASKS_OF.values() for task in tasks]
         self.common = ["--vae", args.vae, "--batch", args.batch, "--precision", args.precision, "--log-every", 20]
-        self.target = ["--data", args.data, *(["--groups", *args.groups] if args.groups else [])]
+        groups = ["--groups", *args.groups] if args.groups else []
+        self.target, self.source = (["--data", folder, *groups] for folder in (args.data, args.source))
 
     def options(self, row):
         """Options of train.py for a row, without learning rate, seed and steps."""
@@ -110,18 +111,18 @@ class Claim:
     def gate(self):
         """Print what the base must show before anything is claimed: it has converged, knows its source, LoRA reaches
         it there, and what it knows is of use on the target."""
-        a, source = self.args, ["--data", self.args.source]
-        lora = [*self.common, *source, "--preset", BASES[a.preset], "--base", self.base / "model.safetensors"]
+        a = self.args
+        lora = [*self.common, *self.source, "--preset", BASES[a.preset], "--base", self.base / "model.safetensors"]
         first = train(self.out / "gate/lora-absorber", *lora, "--method", "appearance_lora", "--still-share", 1,
                       "--steps", max(1, a.steps * 3 // 10))
         tuned = train(self.out / "gate/lora", *lora, "--method", "customize_a_video_st", "--still-share", 0, "--tasks",
                       "t2v", "--absorber", first / "model.safetensors", "--steps", a.steps)
-        untrained = train(self.out / "gate/untrained", *self.common, *source, "--preset", BASES[a.preset],
+        untrained = train(self.out / "gate/untrained", *self.common, *self.source, "--preset", BASES[a.preset],
                           "--lr", 1e-12, "--steps", 1)
         rows = []
         for name, folder in {"untrained": untrained, "base": self.base, "base, LoRA on the source": tuned}.items():
             losses = (self.loss(folder, f"gate-{where}", ["t2v"], *options, "--n", a.n)
-                      for where, options in (("source", source), ("target", self.target)))
+                      for where, options in (("source", self.source), ("target", self.target)))
             rows.append([name, *(f"{loss:.4f}" for loss in losses)])
         losses = [json.loads(line)["loss"] for line in (self.base / "log.jsonl").read_text().splitlines()]
         n = len(losses)
@@ -165,8 +166,8 @@ class Claim:
 
     def tables(self):
         a = self.args
-        train(self.base, *self.common, "--data", a.source, "--preset", BASES[a.preset], "--tasks", "t2v",
-              "--steps", a.base_steps, processes=a.jobs)
+        train(self.base, *self.common, *self.source, "--preset", BASES[a.preset], "--tasks", "t2v",
+              "--batch", a.base_batch, "--steps", a.base_steps, processes=a.jobs)
         self.gate()
         found = self.train_rows()
         costs = [[row, str(len(folders)), f"{core_seconds(folders[0]):.0f}"] for row, folders in found.items()]
@@ -217,12 +218,13 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", default="data/fluent", help="the target set (default: %(default)s)")
     add("--source", default="data/source", help="what the base is trained on (default: %(default)s)")
-    add("--groups", nargs="+", default=[], help="emoji groups of the target; default: all")
+    add("--groups", nargs="+", default=[], help="emoji groups of target and source; default: all")
     add("--vae", default="runs/vae/model.safetensors", help="VAE of all rows (default: %(default)s)")
     add("--preset", default="mini", choices=sorted(BASES), help="of RDTF (default: %(default)s)")
     add("--steps", type=int, default=3000, help="steps of every row on the target (default: %(default)s)")
     add("--base-steps", type=int, default=20000, help="steps of the base on the source (default: %(default)s)")
-    add("--batch", type=int, default=4)
+    add("--batch", type=int, default=4, help="clips of a row's step (default: %(default)s)")
+    add("--base-batch", type=int, default=16, help="clips of the base's step (default: %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--lrs", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="learning rates that each row tries")
@@ -232,7 +234,7 @@ def main(argv=None):
     add("--jobs", type=int, default=1, help="trainings at a time, of one thread each where there is more than one")
     add("--out", default="runs/claim", help="folder of all runs (default: %(default)s)")
     args = parser.parse_args(argv)
-    check_least(args, steps=3, base_steps=1, batch=1, n=2, jobs=1)
+    check_least(args, steps=3, base_steps=1, batch=1, base_batch=1, n=2, jobs=1)
     check_apart(args.source, args.data)
     if args.jobs > 1:
         os.environ["OMP_NUM_THREADS"] = "1"
