@@ -27,7 +27,7 @@ from model import END, load_rdtf, load_vae
 
 DEFAULTS = dict(steps=50, eta=1.0, text_scale=7.5, image_scale=7.5)     # paper Table 6
 SHIPPED = Path(__file__).parent / "checkpoints/mini.safetensors"
-MINI = dict(steps=25, eta=0.0, text_scale=3.0, image_scale=1.0)
+MINI = dict(steps=10, eta=0.0, text_scale=3.0, image_scale=1.0)
 
 
 # ---- guidance and DDIM
@@ -208,7 +208,7 @@ def parse(argv):
     parser.add_argument("--num", type=int, default=1, help="stickers per prompt")
     parser.add_argument("--batch", type=int, default=8, help="stickers made at once; changes speed and memory alone")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="DDIM steps (paper 50; mini 25)")
+    parser.add_argument("--steps", type=int, help="DDIM steps (paper 50; mini 10)")
     parser.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1 (paper 1; mini 0)")
     parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 3)")
     parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 1)")
