@@ -56,8 +56,7 @@ runs/demo/report.html: runs/demo/eval.md
 # ---- the paper's tables on the mini preset, three seeds of each row. Both go on where they were stopped.
 
 # Tables 1 and 2, on the concepts of four groups of emoji: 5 hours of two cores.
-claim: data/fluent/meta.json
-	test -f data/source/meta.json || $(PY) data.py emoji --hold-out all --moving --out data/source
+claim: data/fluent/meta.json data/source/meta.json
 	$(PY) tools/claim.py --groups smileys-emotion animals-nature travel-places food-drink --n 64 --jobs 2 \
 	    --vae checkpoints/mini-vae.safetensors --base-steps 2000 --steps 400
 
@@ -82,6 +81,9 @@ runs/ablations/dcl-%/trained: CHANGE := --curriculum adaptive
 runs/ablations/%/trained: runs/vae/trained
 	OMP_NUM_THREADS=1 $(PY) train.py --groups $(GROUPS) --steps 600 --seed $(lastword $(subst -, ,$*)) --out runs/ablations/$* $(CHANGE)
 	touch $@
+
+data/source/meta.json: | .venv/ready
+	$(PY) data.py emoji --hold-out all --moving --out data/source
 
 data/fluent/meta.json: | .venv/ready
 	$(PY) data.py fluent

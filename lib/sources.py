@@ -192,9 +192,8 @@ def emoji_jobs(hold_out, downloads, moving=False, styles=tuple(STILLS)):
 
     def jobs():
         for style in styles:
-            archive = archives[style]
             left = set(common)                   # some of Fluent's are there twice, with and without fe0f
-            for stem, content in tar_stickers(*archive):
+            for stem, content in tar_stickers(*archives[style]):
                 if (points := code_points(stem)) in left:
                     left.remove(points)
                     label, always = labels[points], hold_out == "fluent" and style != "fluent"

@@ -1,6 +1,6 @@
 """Speed and memory on this machine, beside what products reach on it in the same run.
 
-    python tools/bench.py network                  # paper, small, mini, memory: 15 minutes on two cores, 20 GB
+    python tools/bench.py network                  # paper, small, mini, memory: 15 minutes on two cores
     python tools/bench.py table8                   # parameters and seconds of a forward pass, the paper's beside
     python tools/bench.py ranks                    # one gloo rank against two, mini preset; wants data and a VAE
     python tools/bench.py data                     # clips/s: decoding on the fly, prepared frames, latent cache

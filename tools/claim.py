@@ -13,7 +13,7 @@ split, with the same number of trials of a third of the steps. "RDTF, equal seco
 base and SimDA took together. The same command goes on where it was stopped; what is done is kept.
 """
 import argparse
-import json
+import itertools
 import os
 import subprocess
 import sys
@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data import TASKS, StickerSet  # noqa: E402
-from lib.files import UserError, run_cli  # noqa: E402
+from lib.files import UserError, read_json, read_jsonl, run_cli  # noqa: E402
 from lib.options import check_least  # noqa: E402
 from lib.tables import markdown  # noqa: E402
 from model import PRESETS  # noqa: E402
@@ -47,10 +47,19 @@ def run(script, *arguments, processes=1):
         raise UserError(f"{script} failed; the same command goes on from here")
 
 
+def absorber_of(folder):
+    """Where the first stage of a run of Customize-A-Video lies."""
+    return folder.with_name(folder.name + "-absorber")
+
+
+def logged(folder, name):
+    """A number of every line of a run's log."""
+    return [line[name] for _, line in read_jsonl(folder / "log.jsonl")]
+
+
 def core_seconds(folder):
     """Of a run, and of its first stage if it has one."""
-    logs = [folder / "log.jsonl", folder.with_name(folder.name + "-absorber") / "log.jsonl"]
-    return sum(json.loads(line)["cpu_s"] for log in logs if log.is_file() for line in log.read_text().splitlines())
+    return sum(sum(logged(part, "cpu_s")) for part in (folder, absorber_of(folder)) if part.is_dir())
 
 
 def train(folder, *options, processes=1):
@@ -61,9 +70,16 @@ def train(folder, *options, processes=1):
     return folder
 
 
+def train_two_stages(folder, first_steps, steps, *options):
+    """A run of Customize-A-Video: its first stage, on stills, then the second beside it."""
+    first = ["--method", "appearance_lora", "--tasks", *TASKS, "--still-share", 1, "--steps", first_steps]
+    absorber = train(absorber_of(folder), *options, *first)
+    return train(folder, *options, "--absorber", absorber / "model.safetensors", "--steps", steps)
+
+
 class Claim:
     def __init__(self, args):
-        self.args, self.out, self.base, self.rates = args, Path(args.out), Path(args.out) / "base", {}
+        self.args, self.out, self.base = args, Path(args.out), Path(args.out) / "base"
         self.tasks = [task for tasks in TASKS_OF.values() for task in tasks]
         self.common = ["--vae", args.vae, "--batch", args.batch, "--precision", args.precision, "--log-every", 20]
         groups = ["--groups", *args.groups] if args.groups else []
@@ -82,14 +98,10 @@ class Claim:
 
     def train_row(self, folder, row, steps, *more):
         """A run of a row; Customize-A-Video's first stage, of stills, takes 30 % of the steps."""
-        options = self.options(row)
+        options, first = [*self.options(row), *more], steps * 3 // 10
         if TUNED.get(row, "").startswith("customize"):
-            first = ["--method", "appearance_lora", "--tasks", *TASKS, "--still-share", 1]
-            absorber = train(folder.with_name(folder.name + "-absorber"), *options, *more, *first,
-                             "--steps", max(1, steps * 3 // 10))
-            options += ["--absorber", absorber / "model.safetensors"]
-            steps = max(1, steps - steps * 3 // 10)
-        return train(folder, *options, *more, "--steps", steps)
+            return train_two_stages(folder, max(1, first), max(1, steps - first), *options)
+        return train(folder, *options, "--steps", steps)
 
     def place(self, row):
         return self.out / "".join(c if c.isalnum() else "-" for c in row.lower())
@@ -99,7 +111,7 @@ class Claim:
         report = folder / f"{name}.json"
         if not report.is_file():
             run("evaluate.py", "--run", folder, "--steps", 2, "--tasks", *tasks, "--out", report, *options)
-        measured = json.loads(report.read_text())["tasks"].values()
+        measured = read_json(report)["tasks"].values()
         return sum(task["scores"]["loss"]["mean"] for task in measured) / len(measured)
 
     def trial(self, row, lr):
@@ -112,36 +124,34 @@ class Claim:
         """Print what the base must show before anything is claimed: it has converged, knows its source, LoRA reaches
         it there, and what it knows is of use on the target."""
         a = self.args
-        lora = [*self.common, *self.source, "--preset", BASES[a.preset], "--base", self.base / "model.safetensors"]
-        first = train(self.out / "gate/lora-absorber", *lora, "--method", "appearance_lora", "--still-share", 1,
-                      "--steps", max(1, a.steps * 3 // 10))
-        tuned = train(self.out / "gate/lora", *lora, "--method", "customize_a_video_st", "--still-share", 0, "--tasks",
-                      "t2v", "--absorber", first / "model.safetensors", "--steps", a.steps)
-        untrained = train(self.out / "gate/untrained", *self.common, *self.source, "--preset", BASES[a.preset],
-                          "--lr", 1e-12, "--steps", 1)
+        source = [*self.common, *self.source, "--preset", BASES[a.preset]]
+        tuned = train_two_stages(self.out / "gate/lora", max(1, a.steps * 3 // 10), a.steps, *source,
+                                 "--base", self.base / "model.safetensors", "--method", "customize_a_video_st",
+                                 "--still-share", 0, "--tasks", "t2v")
+        untrained = train(self.out / "gate/untrained", *source, "--lr", 1e-12, "--steps", 1)
         rows = []
         for name, folder in {"untrained": untrained, "base": self.base, "base, LoRA on the source": tuned}.items():
             losses = (self.loss(folder, f"gate-{where}", ["t2v"], *options, "--n", a.n)
                       for where, options in (("source", self.source), ("target", self.target)))
             rows.append([name, *(f"{loss:.4f}" for loss in losses)])
-        losses = [json.loads(line)["loss"] for line in (self.base / "log.jsonl").read_text().splitlines()]
+        losses = logged(self.base, "loss")
         n = len(losses)
         third, last = np.mean(losses[n // 2:max(n * 3 // 4, n // 2 + 1)]), np.mean(losses[n * 3 // 4:])
         print(f"\n{markdown(['t2v denoising loss, held out', 'source', 'target'], rows)}\n"
               f"training loss of the base, third and last quarter: {third:.4f}, {last:.4f}\n", flush=True)
 
     def choose_rates(self, rows, pool):
-        """Into self.rates: for each row the one of --lrs whose trial has the lowest loss."""
+        """{row: the one of --lrs whose trial has the lowest loss}."""
         lrs = self.args.lrs
         if len(lrs) == 1:
-            self.rates = dict.fromkeys(rows, lrs[0])
-            return
-        losses = list(pool.map(lambda pair: self.trial(*pair), [(row, lr) for row in rows for lr in lrs]))
-        for i, row in enumerate(rows):
-            tried = dict(zip(lrs, losses[i * len(lrs):]))                # zip ends with lrs
-            self.rates[row] = min(tried, key=tried.get)
-            said = ", ".join(f"{lr:g}: {loss:.4f}" for lr, loss in tried.items())
-            print(f"{row}: --lr {self.rates[row]:g} ({said})", flush=True)
+            return dict.fromkeys(rows, lrs[0])
+        pairs, rates = list(itertools.product(rows, lrs)), {}
+        losses = dict(zip(pairs, pool.map(self.trial, *zip(*pairs))))
+        for row in rows:
+            rates[row] = min(lrs, key=lambda lr: losses[row, lr])        # noqa: B023
+            said = ", ".join(f"{lr:g}: {losses[row, lr]:.4f}" for lr in lrs)
+            print(f"{row}: --lr {rates[row]:g} ({said})", flush=True)
+        return rates
 
     def train_rows(self):
         """{row: run folders, one for each seed}."""
@@ -149,18 +159,16 @@ class Claim:
         needed = {"RDTF", "SimDA"} if long in a.rows else set()
         rows = [row for row in ROWS if row in needed | set(a.rows) and row not in (long, UNTUNED)]
 
-        def train_seeds(rows, steps):
-            work = [(row, seed) for row in rows for seed in a.seeds]
-            return list(pool.map(lambda pair: self.train_row(
-                self.place(pair[0]) / f"seed-{pair[1]}", pair[0].replace(long, "RDTF"), steps,
-                "--lr", self.rates[pair[0]], "--seed", pair[1]), work))
+        def train_seed(row, seed, steps=a.steps):
+            of = "RDTF" if row == long else row
+            self.train_row(self.place(row) / f"seed-{seed}", of, steps, "--lr", rates[of], "--seed", seed)
         with ThreadPoolExecutor(a.jobs) as pool:
-            self.choose_rates(rows, pool)
-            train_seeds(rows, a.steps)
+            rates = self.choose_rates(rows, pool)
+            list(pool.map(train_seed, *zip(*itertools.product(rows, a.seeds))))
             if long in a.rows:
                 rdtf, simda = (core_seconds(self.place(row) / f"seed-{a.seeds[0]}") for row in ("RDTF", "SimDA"))
-                self.rates[long] = self.rates["RDTF"]
-                train_seeds([long], max(1, round(a.steps * (core_seconds(self.base) + simda) / rdtf)))
+                steps = max(1, round(a.steps * (core_seconds(self.base) + simda) / rdtf))
+                list(pool.map(lambda seed: train_seed(long, seed, steps), a.seeds))
         return {row: [self.base] if row == UNTUNED else [self.place(row) / f"seed-{seed}" for seed in a.seeds]
                 for row in a.rows}
 
@@ -187,7 +195,7 @@ def plot(path, reports):
     """A PNG of the differences to the first row with their 95 % intervals, a panel for each task and metric."""
     from matplotlib.figure import Figure
     tasks = {task: numbers["differences"] for report in reports
-             for task, numbers in json.loads(report.read_text())["tasks"].items()}
+             for task, numbers in read_json(report)["tasks"].items()}
     metrics = ("loss", "FD-app", "FD-mot")
     rows = list(next(iter(tasks.values())))
     fig = Figure(figsize=(4 * len(metrics), (1 + 0.3 * len(rows)) * len(tasks)), layout="constrained")
