@@ -11,7 +11,8 @@ One sticker of each concept of a split, evenly spaced frames, on white, the mask
 that are not given, beside copying the nearest given frame, blending the two around it, and the VAE's round trip.
 Distances (FVD, FD-app, FD-mot) compare whole clips, given frames included, with the real ones; their floor is as many
 real clips of other concepts. A distance depends on n: unequal sets are refused. Intervals are 95 %: bootstrap over
-concepts, in the paper's tables Student's t over seeds. Clips and features are cached in RUN/eval and DATA/eval.
+concepts, in the paper's tables Student's t over seeds. Clips, losses and features are cached in RUN/eval and
+DATA/eval.
 """
 import argparse
 import glob
@@ -117,19 +118,32 @@ class Run:
         self.sha256, self.code = file_hash(self.model), {name: file_hash(ROOT / name) for name in SAMPLING_CODE}
         self.settings = self.sampler.settings(**{name: getattr(args, name) for name in DEFAULTS})
 
+    def cached(self, name, task, test, shape, dtype, batch, make, **more):
+        """Rows of the test clips, kept under a hash of all that they depend on."""
+        made_of = dict(self.code, model=self.sha256, task=task, mask=eval_mask(task, test.T, test.T).tolist(),
+                       set=test.set_hash, files=test.files, seed=self.args.seed, **more)
+        path = cache_path(self.folder / "eval", name, made_of)
+        return rows(path, len(test.files), shape, dtype, batch, make, name)
+
     def clips(self, task, test):
         """Clips (N, T, S, S, 4) uint8 for a task; clip k is seeded by (--seed, k)."""
         seed, mask = self.args.seed, eval_mask(task, test.T, test.T)
-        made_of = dict(self.code, model=self.sha256, task=task, mask=mask.tolist(), set=test.set_hash,
-                       files=test.files, seed=seed, **self.settings)
 
         def make(part):
             real, numbers = test.clips[part], range(part.start, part.stop)
             prompts = ["" if task == "i2v" else test.captions[k] for k in numbers]
             given = dict(frames=real, cond_mask=np.stack([mask] * len(real))) if mask.any() else {}
             return self.sampler.sample(prompts, [(seed, k) for k in numbers], **given, **self.settings)
-        n, *shape = test.clips.shape
-        return rows(cache_path(self.folder / "eval", task, made_of), n, shape, np.uint8, self.args.batch, make, task)
+        return self.cached(task, task, test, test.clips.shape[1:], np.uint8, self.args.batch, make, **self.settings)
+
+    def loss(self, task, test):
+        """(N,) denoising loss of a task's unknown frames."""
+        mask, captions = eval_mask(task, test.T, test.T), ["" if task == "i2v" else c for c in test.captions]
+
+        def make(_):
+            return denoising_loss(self.sampler, test.clips, captions, mask, self.args.seed, self.args.batch)
+        code = file_hash(ROOT / "lib/standins.py")
+        return self.cached(f"loss-{task}", task, test, (), np.float32, len(test.files), make, loss=code)
 
 
 class EvalSet:
@@ -217,9 +231,7 @@ def measure_task(run, test, task, decoded):
     features, copied = test.features(run.folder / "eval", clips), None
     if mask.any():
         copied = distances(test.real, test.features(test.folder, copy_nearest(test.clips, mask), DISTANT), seed)
-    captions = ["" if task == "i2v" else caption for caption in test.captions]
-    scores = dict(loss=denoising_loss(run.sampler, test.clips, captions, mask, seed, run.args.batch),
-                  **test.scores(features, task))
+    scores = dict(loss=run.loss(task, test), **test.scores(features, task))
     return dict(given=np.flatnonzero(mask).tolist(), fd=distances(test.real, features, seed), fd_copy=copied,
                 psnr=psnr_of(on_white(clips), on_white(test.clips), on_white(decoded), mask, seed),
                 scores={name: mean_of(v, seed) for name, v in scores.items()}), clips

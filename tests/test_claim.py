@@ -74,7 +74,8 @@ def test_learning_rates_are_chosen_on_val(argv, tmp_path, monkeypatch):
             assert "val" in options or not lr
             loss = dict(mean={"0.0001": 0.3, "0.001": 0.2, "0.0003": 0.25}.get(lr, 0.5))
             report = dict(tasks=dict(it2v=dict(scores=dict(loss=loss))))
-            Path(options[options.index("--out") + 1]).write_text(json.dumps(report))
+            default = Path(options[options.index("--run") + 1]) / "eval.json"
+            Path(options[options.index("--out") + 1] if "--out" in options else default).write_text(json.dumps(report))
         elif script == "train.py":
             folder = Path(options[-1])
             folder.mkdir(parents=True)
@@ -86,6 +87,7 @@ def test_learning_rates_are_chosen_on_val(argv, tmp_path, monkeypatch):
     assert [(o[o.index("--lr") + 1], o[o.index("--steps") + 1]) for o in trained] == [
         ("0.0001", "1"), ("0.0003", "1"), ("0.001", "1"), ("0.001", "4")]
     done = len(calls)
+    assert [script for script, _ in calls[-3:]] == ["train.py", "evaluate.py", "evaluate.py"]   # row, its clips, table
     claim.main([*argv, "--tables", "1", "--rows", "SimDA"])              # goes on: the table alone is made again
     assert [script for script, _ in calls[done:]] == ["evaluate.py"]
 

@@ -126,6 +126,7 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
         assert image.height > 6 * 2 * 2 * 32
 
     monkeypatch.setattr(evaluate.Sampler, "sample", lambda *_, **__: pytest.fail("sampled again"))
+    monkeypatch.setattr(evaluate, "denoising_loss", lambda *_: pytest.fail("the loss was computed again"))
     monkeypatch.setattr(extractors.StandinExtractor, "__call__", lambda *_: pytest.fail("extracted again"))
     evaluate.main(command(world, "--out", world[1] / "again.json"))
     assert json.loads((world[1] / "again.json").read_text()) == report

@@ -114,6 +114,12 @@ class Claim:
         measured = read_json(report)["tasks"].values()
         return sum(task["scores"]["loss"]["mean"] for task in measured) / len(measured)
 
+    def measure(self, folder):
+        """Make a run's clips, losses and features, which the tables read: here --jobs runs are measured at a time."""
+        if not (folder / "eval.json").is_file():
+            tasks = [task for table in self.args.tables for task in TASKS_OF[table]]
+            run("evaluate.py", "--run", folder, *self.target, "--tasks", *tasks, "--n", self.args.n)
+
     def trial(self, row, lr):
         """Loss on the val split after a third of the steps."""
         folder = self.train_row(self.place(row) / f"trial-{lr:g}", row, max(1, self.args.steps // 3),
@@ -161,7 +167,7 @@ class Claim:
 
         def train_seed(row, seed, steps=a.steps):
             of = "RDTF" if row == long else row
-            self.train_row(self.place(row) / f"seed-{seed}", of, steps, "--lr", rates[of], "--seed", seed)
+            self.measure(self.train_row(self.place(row) / f"seed-{seed}", of, steps, "--lr", rates[of], "--seed", seed))
         with ThreadPoolExecutor(a.jobs) as pool:
             rates = self.choose_rates(rows, pool)
             list(pool.map(train_seed, *zip(*itertools.product(rows, a.seeds))))
