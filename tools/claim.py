@@ -146,13 +146,26 @@ class Claim:
         print(f"\n{markdown(['t2v denoising loss, held out', 'source', 'target'], rows)}\n"
               f"training loss of the base, third and last quarter: {third:.4f}, {last:.4f}\n", flush=True)
 
-    def choose_rates(self, rows, pool):
+    def several(self, work, arguments):
+        """[work(*a) for a in arguments], --jobs at a time. After one that failed no other begins."""
+        failed = []
+
+        def one(a):
+            try:
+                return None if failed else work(*a)
+            except BaseException:
+                failed.append(a)
+                raise
+        with ThreadPoolExecutor(self.args.jobs) as pool:
+            return list(pool.map(one, arguments))
+
+    def choose_rates(self, rows):
         """{row: the one of --lrs whose trial has the lowest loss}."""
         lrs = self.args.lrs
         if len(lrs) == 1:
             return dict.fromkeys(rows, lrs[0])
         pairs, rates = list(itertools.product(rows, lrs)), {}
-        losses = dict(zip(pairs, pool.map(self.trial, *zip(*pairs))))
+        losses = dict(zip(pairs, self.several(self.trial, pairs)))
         for row in rows:
             rates[row] = min(lrs, key=lambda lr: losses[row, lr])        # noqa: B023
             said = ", ".join(f"{lr:g}: {losses[row, lr]:.4f}" for lr in lrs)
@@ -168,13 +181,12 @@ class Claim:
         def train_seed(row, seed, steps=a.steps):
             of = "RDTF" if row == long else row
             self.measure(self.train_row(self.place(row) / f"seed-{seed}", of, steps, "--lr", rates[of], "--seed", seed))
-        with ThreadPoolExecutor(a.jobs) as pool:
-            rates = self.choose_rates(rows, pool)
-            list(pool.map(train_seed, *zip(*itertools.product(rows, a.seeds))))
-            if long in a.rows:
-                rdtf, simda = (core_seconds(self.place(row) / f"seed-{a.seeds[0]}") for row in ("RDTF", "SimDA"))
-                steps = max(1, round(a.steps * (core_seconds(self.base) + simda) / rdtf))
-                list(pool.map(lambda seed: train_seed(long, seed, steps), a.seeds))
+        rates = self.choose_rates(rows)
+        self.several(train_seed, itertools.product(rows, a.seeds))
+        if long in a.rows:
+            rdtf, simda = (core_seconds(self.place(row) / f"seed-{a.seeds[0]}") for row in ("RDTF", "SimDA"))
+            steps = max(1, round(a.steps * (core_seconds(self.base) + simda) / rdtf))
+            self.several(train_seed, [(long, seed, steps) for seed in a.seeds])
         return {row: [self.base] if row == UNTUNED else [self.place(row) / f"seed-{seed}" for seed in a.seeds]
                 for row in a.rows}
 
