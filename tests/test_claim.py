@@ -85,7 +85,7 @@ def test_learning_rates_are_chosen_on_val(argv, tmp_path, monkeypatch):
     claim.main([*argv, "--tables", "1", "--rows", "SimDA"])
     trained = [options for script, options in calls if script == "train.py" and "--seed" in options]
     assert [(o[o.index("--lr") + 1], o[o.index("--steps") + 1]) for o in trained] == [
-        ("0.0001", "1"), ("0.0003", "1"), ("0.001", "1"), ("0.001", "4")]
+        ("0.0001", "1"), ("0.0003", "1"), ("0.001", "1"), ("0.003", "1"), ("0.001", "4")]
     done = len(calls)
     assert [script for script, _ in calls[-3:]] == ["train.py", "evaluate.py", "evaluate.py"]   # row, its clips, table
     claim.main([*argv, "--tables", "1", "--rows", "SimDA"])              # goes on: the table alone is made again

@@ -253,7 +253,7 @@ def main(argv=None):
     add("--base-batch", type=int, default=16, help="clips of the base's step (default: %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--lrs", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3], help="learning rates that each row tries")
+    add("--lrs", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3], help="learning rates that each row tries")
     add("--tables", nargs="+", choices=sorted(TASKS_OF), default=sorted(TASKS_OF))
     add("--rows", nargs="+", choices=ROWS, default=ROWS, help="default: all; differences are to the first")
     add("--n", type=int, default=256, help="test concepts (default: %(default)s)")
