@@ -55,7 +55,7 @@ runs/demo/report.html: runs/demo/eval.md
 
 # ---- the paper's tables on the mini preset, three seeds of each row. Both go on where they were stopped.
 
-# Tables 1 and 2, on the concepts of four groups of emoji: 5 hours of two cores.
+# Tables 1 and 2, on the concepts of four groups of emoji: about 3 hours of two cores.
 claim: data/fluent/meta.json data/source/meta.json
 	$(PY) tools/claim.py --groups smileys-emotion animals-nature travel-places food-drink --n 64 --jobs 2 \
 	    --vae checkpoints/mini-vae.safetensors --base-steps 2000 --steps 400
