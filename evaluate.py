@@ -127,21 +127,20 @@ class Run:
 
     def clips(self, task, test):
         """Clips (N, T, S, S, 4) uint8 for a task; clip k is seeded by (--seed, k)."""
-        seed, mask = self.args.seed, eval_mask(task, test.T, test.T)
+        prompts, mask = test.prompts(task), eval_mask(task, test.T, test.T)
 
         def make(part):
-            real, numbers = test.clips[part], range(part.start, part.stop)
-            prompts = ["" if task == "i2v" else test.captions[k] for k in numbers]
+            real, seeds = test.clips[part], [(self.args.seed, k) for k in range(part.start, part.stop)]
             given = dict(frames=real, cond_mask=np.stack([mask] * len(real))) if mask.any() else {}
-            return self.sampler.sample(prompts, [(seed, k) for k in numbers], **given, **self.settings)
+            return self.sampler.sample(prompts[part], seeds, **given, **self.settings)
         return self.cached(task, task, test, test.clips.shape[1:], np.uint8, self.args.batch, make, **self.settings)
 
     def loss(self, task, test):
         """(N,) denoising loss of a task's unknown frames."""
-        mask, captions = eval_mask(task, test.T, test.T), ["" if task == "i2v" else c for c in test.captions]
+        prompts, mask = test.prompts(task), eval_mask(task, test.T, test.T)
 
         def make(_):
-            return denoising_loss(self.sampler, test.clips, captions, mask, self.args.seed, self.args.batch)
+            return denoising_loss(self.sampler, test.clips, prompts, mask, self.args.seed, self.args.batch)
         code = file_hash(ROOT / "lib/standins.py")
         return self.cached(f"loss-{task}", task, test, (), np.float32, len(test.files), make, loss=code)
 
@@ -169,6 +168,10 @@ class EvalSet:
         if len(others) == n:                     # a distance depends on n; with fewer there is no floor
             other = self.features(self.folder, read_clips(stickers, others, T), DISTANT)
             self.floor = distances(self.real, other, args.seed, paired=False)
+
+    def prompts(self, task):
+        """What the network is told of each clip; i2v has no text."""
+        return [""] * len(self.captions) if task == "i2v" else self.captions
 
     def features(self, folder, clips, names=None):
         return features_of(self.extractors, folder, to_white(clips), names)
