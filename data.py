@@ -40,10 +40,10 @@ def loss_mask(n, T):
     return (np.arange(T) < n).astype(np.float32)
 
 
-def cond_mask(task, n, T, rng):
-    """(T,) float32: 1 = frame given, drawn over the n real frames for the task that fits them."""
+def cond_mask(task, n, T, u):
+    """(T,) float32: 1 = frame given, over the n real frames for the task that fits them; u in [0, 1) is the draw."""
     sets = given_frames(fit_task(task, n), n)
-    return mask_of(sets[int(rng.integers(len(sets)))], T)
+    return mask_of(sets[int(u * len(sets))], T)
 
 
 def eval_mask(task, n, T):
@@ -274,7 +274,7 @@ def cache_latents(folder, vae, vae_hash):
 # ---- training clips
 
 def rng_for(seed, step, n, stream):
-    """The generator of global sample n of a step. Streams: 0 ClipDataset, 5 StickerTexts, the others train.py."""
+    """The generator of global sample n of a step. Streams: 0, 1 ClipDataset, 5 StickerTexts, the others train.py."""
     return np.random.default_rng([seed, step, n, stream])
 
 
@@ -284,9 +284,10 @@ def permutation(seed, epoch, kind, count):
 
 
 class ClipDataset(torch.utils.data.Dataset):
-    """Training clips by (step, n, T, turn): dict(z (T, C, h, w), loss_mask (T,), n, text, text_row, index, key).
+    """Training clips by (step, n, T, turn): dict(z (T, C, h, w), noise, loss_mask (T,), draws (4,), n, text, ...).
 
-    n: real frames; index: the sticker; text_row: of `texts`, -1 without them; all functions of (seed, step, n).
+    All functions of (seed, step, n). draws: uniform, for task, condition mask, dropped conditions and timestep; n: real
+    frames; index: the sticker; tokens (77,) of the text or, where there are `texts`, text_row: its row there.
     turn: earlier steps of this kind, whole clips or single frames; a function of the step (StepSampler).
     latents: (frames, 2, C, h, w), mean and log-variance. texts: StickerTexts to draw from, if texts must be finite.
     Concepts are visited in permuted order, each as often as any other; which of its variants (skin tone, gender) is
@@ -323,13 +324,16 @@ class ClipDataset(torch.utils.data.Dataset):
         index = int(ids[int(rng.integers(len(ids)))])
         record = self.set.records[index]
         idx = choose_frames(record, rng, T, self.how, T if T == 1 or self.k == "step" else None)
-        row = self.texts.row(index, rng) if self.texts else -1
+        row = self.texts.row(index, rng) if self.texts else None
         text = self.texts[row] if self.texts else text_for(record, rng, *self.chances)
+        words = dict(text_row=row) if self.texts else dict(tokens=tokenize([text])[0])
         mean, logvar = np.asarray(self.latents[record["first"] + np.asarray(idx)], np.float32).swapaxes(0, 1)
         z = np.zeros((T, *mean.shape[1:]), np.float32)
         z[:len(idx)] = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
-        mask = torch.from_numpy(loss_mask(len(idx), T))
-        return dict(z=torch.from_numpy(z), loss_mask=mask, n=len(idx), text=text, text_row=row, index=index, key=n)
+        later = rng_for(self.seed, step, n, 1)
+        draws, noise = later.random(4), torch.from_numpy(later.standard_normal(z.shape, np.float32))
+        return dict(z=torch.from_numpy(z), noise=noise, loss_mask=torch.from_numpy(loss_mask(len(idx), T)), draws=draws,
+                    n=len(idx), text=text, index=index, **words)
 
 
 class StepSampler:

@@ -236,28 +236,26 @@ class DFGNStage(VAEStage):
         clips = data.ClipDataset(self.stickers, self.latents, c.seed, c.batch, T, c.how,
                                  "sample" if c.frames == "sample" else "step", c.word_dropout, c.keywords, self.texts)
         sampler = data.StepSampler(c.batch, start, c.steps, self.rank, self.world, lambda step: step_frames(c, step, T))
-        for step, items in enumerate(loop.load_batches(clips, sampler, workers), start):
-            yield step, *self.collate(step, items, self.curriculum.probabilities(step))
+        for step, batch in enumerate(loop.load_batches(clips, sampler, workers), start):
+            yield step, *self.condition(batch, self.curriculum.probabilities(step))
 
-    def collate(self, step, items, p):
-        """Draw task (with probabilities p), masks, timestep and noise of each sample and stack them."""
-        c, T, timesteps = self.config, items[0]["z"].shape[0], self.preset.diffusion.steps
-        drawn = [draw_condition(c, p, step, it["key"], it["n"], T, timesteps) for it in items]
+    def condition(self, clips, p):
+        """Choose task (with probabilities p), mask, text and timestep of each of the clips, a batch of ClipDataset."""
+        T, timesteps, loss_mask = clips["z"].shape[1], self.preset.diffusion.steps, clips["loss_mask"]
+        drawn = [draw_condition(self.config, p, u, n, T, timesteps)
+                 for u, n in zip(clips["draws"].tolist(), clips["n"].tolist())]
         task, masks, has_text, t = zip(*drawn)
-        z = self.vae.standardise(torch.cat([it["z"] for it in items])).unflatten(0, (len(items), T))
-        noise = [rng_for(c.seed, step, it["key"], 2).standard_normal(z.shape[1:], np.float32) for it in items]
-        loss_mask = torch.stack([it["loss_mask"] for it in items])
-        batch = dict(z0=z * loss_mask[:, :, None, None, None], tokens=self.tokens(items, has_text), t=torch.tensor(t),
-                     noise=torch.from_numpy(np.stack(noise)), cond_mask=torch.from_numpy(np.stack(masks)),
+        z = self.vae.standardise(clips["z"].flatten(0, 1)).unflatten(0, (-1, T))
+        batch = dict(z0=z * loss_mask[:, :, None, None, None], tokens=self.tokens(clips, torch.tensor(has_text)),
+                     t=torch.tensor(t), noise=clips["noise"], cond_mask=torch.from_numpy(np.stack(masks)),
                      loss_mask=loss_mask)
-        return batch, torch.tensor([*zip(task, t, (it["index"] for it in items))])
+        return batch, torch.stack([torch.tensor(task), batch["t"], clips["index"]], 1)
 
-    def tokens(self, items, has_text):
+    def tokens(self, clips, has_text):
         """Tokens (B, L), or a tower's features (B, L, D), of which row 0 is the empty text's."""
         if not self.tower:
-            return data.tokenize([it["text"] if has else "" for it, has in zip(items, has_text)])
-        places = [it["text_row"] if has else 0 for it, has in zip(items, has_text)]
-        return torch.from_numpy(self.features[places].astype(np.float32))
+            return clips["tokens"].where(has_text[:, None], data.tokenize([""]))
+        return torch.from_numpy(self.features[clips["text_row"] * has_text].astype(np.float32))
 
     def finish(self, weights):
         c, tower = self.config, dict(text=self.tower) if self.tower else {}
@@ -281,11 +279,10 @@ def load_base(path, config, inputs):
     return base.state_dict()
 
 
-def draw_condition(c, p, step, n, real, T, timesteps):
-    """(task number, condition mask (T,), whether the text is kept, timestep) of sample n, with `real` frames."""
-    rng = rng_for(c.seed, step, n, 1)
-    task = data.fit_task(TASKS[min(int(np.searchsorted(p.cumsum(), rng.random())), len(TASKS) - 1)], real)
-    mask, drop, t = data.cond_mask(task, real, T, rng), rng.random(), int(rng.integers(timesteps))
+def draw_condition(c, p, u, n, T, timesteps):
+    """(task number, condition mask (T,), whether the text is kept, timestep) of n real frames; u (4,): the draws."""
+    task = data.fit_task(TASKS[min(int(np.searchsorted(p.cumsum(), u[0])), len(TASKS) - 1)], n)
+    mask, drop, t = data.cond_mask(task, n, T, u[1]), u[2], int(u[3] * timesteps)
     no_text = task == "i2v" or drop < c.text_drop + c.both_drop
     if c.text_drop <= drop < c.text_drop + c.both_drop + c.cond_drop:
         mask = np.zeros_like(mask)

@@ -50,8 +50,8 @@ def ignore_signals(_):
 
 
 def load_batches(dataset, sampler, workers):
-    """Yield lists of the dataset's items. A UserError of a loader process comes without torch's traceback before it."""
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=list,
+    """Yield batches, stacked in the loader's processes, whose UserError comes without torch's traceback before it."""
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers,
                                          multiprocessing_context="fork" if workers and FORKS else None,
                                          worker_init_fn=ignore_signals)
     batches = iter(loader)

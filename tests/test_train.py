@@ -160,7 +160,8 @@ def test_precision_is_tried_once(dfgn_argv, tmp_path, monkeypatch, capsys):
 # ---- draws
 
 def draws(count=4000, p=np.full(6, 1 / 6), real=8, config=TrainConfig()):  # noqa: B008
-    return [train.draw_condition(config, p, 3, n, real, 8, 1000) for n in range(count)]
+    chances = data.rng_for(config.seed, 3, 0, 1).random((count, 4))
+    return [train.draw_condition(config, p, u, real, 8, 1000) for u in chances]
 
 
 def test_shares_of_dropped_conditions():
@@ -215,8 +216,8 @@ def test_a_towers_features_are_cached_and_read_by_row(tower_dfgn, stickers16, cl
     with torch.no_grad():
         wanted = load_tower(clip_folder, "")(data.tokenize([stage.texts[r] for r in rows]))
     assert np.allclose(stage.features[rows], wanted, atol=2e-3)
-    items = [dict(text="unused", text_row=r) for r in rows]
-    assert np.array_equal(stage.tokens(items, [True, True, True, False]), stage.features[[0, 1, 7, 0]])
+    found = stage.tokens(dict(text_row=torch.tensor(rows)), torch.tensor([True, True, True, False]))
+    assert np.array_equal(found, stage.features[[0, 1, 7, 0]])
     whole = cache.read_bytes()                                         # killed within a row: the same bytes
     cache.rename(f"{cache}.part")
     os.truncate(f"{cache}.part", len(whole) // 2 + 5)
