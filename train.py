@@ -205,11 +205,11 @@ class DFGNStage(VAEStage):
                 raise UserError(f"--data {folder}: rank {self.rank} does not see the latents that rank 0 wrote; "
                                 "all nodes must share this folder")
         self.cache()
+        self.vae.encoder = self.vae.decoder = None  # it standardises latents from here on
 
     def cache(self):
         c = self.config
         self.latents = data.cache_latents(c.data, self.vae.to(self.device), self.inputs["vae"])
-        self.vae.cpu()
         if self.tower:
             self.texts = data.StickerTexts(self.stickers, c.text_variants, c.seed, c.word_dropout, c.keywords)
             made_of = [self.inputs["data"], sorted(c.groups), c.text_variants, c.seed, c.word_dropout, c.keywords]
@@ -236,16 +236,17 @@ class DFGNStage(VAEStage):
         clips = data.ClipDataset(self.stickers, self.latents, c.seed, c.batch, T, c.how,
                                  "sample" if c.frames == "sample" else "step", c.word_dropout, c.keywords, self.texts)
         sampler = data.StepSampler(c.batch, start, c.steps, self.rank, self.world, lambda step: step_frames(c, step, T))
-        for step, batch in enumerate(loop.load_batches(clips, sampler, workers), start):
+        for step, batch in enumerate(loop.load_batches(clips, sampler, workers, self.device), start):
             yield step, *self.condition(batch, self.curriculum.probabilities(step))
 
     def condition(self, clips, p):
         """Choose task (with probabilities p), mask, text and timestep of each of the clips, a batch of ClipDataset."""
-        T, timesteps, loss_mask = clips["z"].shape[1], self.preset.diffusion.steps, clips["loss_mask"]
+        T, timesteps = clips["z"].shape[1], self.preset.diffusion.steps
+        z, loss_mask = (clips[name].to(self.device, non_blocking=True) for name in ("z", "loss_mask"))
         drawn = [draw_condition(self.config, p, u, n, T, timesteps)
                  for u, n in zip(clips["draws"].tolist(), clips["n"].tolist())]
         task, masks, has_text, t = zip(*drawn)
-        z = self.vae.standardise(clips["z"].flatten(0, 1)).unflatten(0, (-1, T))
+        z = self.vae.standardise(z.flatten(0, 1)).unflatten(0, (-1, T))
         batch = dict(z0=z * loss_mask[:, :, None, None, None], tokens=self.tokens(clips, torch.tensor(has_text)),
                      t=torch.tensor(t), noise=clips["noise"], cond_mask=torch.from_numpy(np.stack(masks)),
                      loss_mask=loss_mask)

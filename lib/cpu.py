@@ -1,4 +1,4 @@
-"""What only speeds up CPUs; the numbers are those of plain torch up to rounding. ENABLED = False switches it off."""
+"""What only speeds up; the numbers are those of plain torch up to rounding. ENABLED = False switches it off."""
 import ctypes
 import sys
 
@@ -56,10 +56,13 @@ class Conv3x3(nn.Conv2d):
 def attend(q, k, v, mask=None):
     """Attention of q (N, heads, Lq, d) over k, v (N, heads, Lk, d); mask (N, Lk) bool, True = may be seen.
 
-    Short sequences on a CPU go through an explicit softmax: about 1.4 times as fast in training."""
+    Short sequences go through an explicit softmax: about 1.4 times as fast in training on a CPU. On a GPU the fused
+    kernels take a block of 128 places for each sequence, however short, and refuse 65,536 sequences and more."""
+    if ENABLED and k.shape[2] == 1 and mask is None:  # the softmax of one score is 1
+        return v + 0 * (q + k)                            # DDP wants gradients, if zeros, of what makes q and k
     if mask is not None:
         mask = mask[:, None, None, :]
-    if not ENABLED or q.device.type != "cpu" or k.shape[2] > 256:
+    if not ENABLED or k.shape[2] > (256 if q.device.type == "cpu" else 16):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     heads = q.shape[1]
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))

@@ -49,9 +49,12 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def load_batches(dataset, sampler, workers):
-    """Yield batches, stacked in the loader's processes, whose UserError comes without torch's traceback before it."""
+def load_batches(dataset, sampler, workers, device):
+    """Yield batches, stacked in the loader's processes, whose UserError comes without torch's traceback before it.
+
+    For a GPU they lie in pinned memory, put there by a thread while the loop computes."""
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers,
+                                         pin_memory=device.type == "cuda",
                                          multiprocessing_context="fork" if workers and FORKS else None,
                                          worker_init_fn=ignore_signals)
     batches = iter(loader)
