@@ -79,7 +79,7 @@ runs/ablations/lcl-%/trained: CHANGE := --curriculum linear
 runs/ablations/dcl-%/trained: CHANGE := --curriculum adaptive
 
 runs/ablations/%/trained: runs/vae/trained
-	OMP_NUM_THREADS=1 $(PY) train.py --groups $(GROUPS) --steps 600 --seed $(lastword $(subst -, ,$*)) --out runs/ablations/$* $(CHANGE)
+	OMP_NUM_THREADS=1 $(PY) train.py --groups $(GROUPS) --steps 800 --lr 3e-3 --seed $(lastword $(subst -, ,$*)) --out runs/ablations/$* $(CHANGE)
 	touch $@
 
 data/source/meta.json: | .venv/ready
