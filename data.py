@@ -34,7 +34,6 @@ MAX_KEYS = 8                                     # paper Table 6: k = 3..8
 
 
 # ---- the two masks
-
 def loss_mask(n, T):
     """(T,) float32: 1 = real frame, 0 = padding."""
     return (np.arange(T) < n).astype(np.float32)
@@ -95,7 +94,6 @@ def nearest_given(cond_mask):
 
 
 # ---- key frames
-
 def features(frames):
     """(n, S, S, 4) -> (n, 1536): 16x16 RGB means over grey, and their difference to the next frame.
 
@@ -164,7 +162,6 @@ def random_phase(candidates, k, rng):
 
 
 # ---- texts
-
 def text_for(record, rng, word_dropout=0.2, keywords=0.5):
     """Caption, with the keywords by chance, each word turned into "#" by chance (the paper's "Text Aug")."""
     text = record["caption"]
@@ -209,7 +206,6 @@ class StickerTexts(Sequence):
 
 
 # ---- prepared sets
-
 class StickerSet:
     """A prepared set, or its stickers of one split or of some groups; a list of folders: several sets as one.
 
@@ -272,7 +268,6 @@ def cache_latents(folder, vae, vae_hash):
 
 
 # ---- training clips
-
 def rng_for(seed, step, n, stream):
     """The generator of global sample n of a step. Streams: 0, 1 ClipDataset, 5 StickerTexts, the others train.py."""
     return np.random.default_rng([seed, step, n, stream])
@@ -284,10 +279,10 @@ def permutation(seed, epoch, kind, count):
 
 
 class ClipDataset(torch.utils.data.Dataset):
-    """Training clips by (step, n, T, turn): dict(z (T, C, h, w), noise, loss_mask (T,), draws (4,), n, text, ...).
+    """Training clips by (step, n, T, turn): dict(z (T, C, h, w), noise, loss_mask (T,), draws (4,), n, index, ...).
 
     All functions of (seed, step, n). draws: uniform, for task, condition mask, dropped conditions and timestep; n: real
-    frames; index: the sticker; tokens (77,) of the text or, where there are `texts`, text_row: its row there.
+    frames; index: the sticker; tokens (77,) of its text or, where there are `texts`, text_row: its row there.
     turn: earlier steps of this kind, whole clips or single frames; a function of the step (StepSampler).
     latents: (frames, 2, C, h, w), mean and log-variance. texts: StickerTexts to draw from, if texts must be finite.
     Concepts are visited in permuted order, each as often as any other; which of its variants (skin tone, gender) is
@@ -324,16 +319,15 @@ class ClipDataset(torch.utils.data.Dataset):
         index = int(ids[int(rng.integers(len(ids)))])
         record = self.set.records[index]
         idx = choose_frames(record, rng, T, self.how, T if T == 1 or self.k == "step" else None)
-        row = self.texts.row(index, rng) if self.texts else None
-        text = self.texts[row] if self.texts else text_for(record, rng, *self.chances)
-        words = dict(text_row=row) if self.texts else dict(tokens=tokenize([text])[0])
+        words = (dict(text_row=self.texts.row(index, rng)) if self.texts else
+                 dict(tokens=tokenize([text_for(record, rng, *self.chances)])[0]))
         mean, logvar = np.asarray(self.latents[record["first"] + np.asarray(idx)], np.float32).swapaxes(0, 1)
         z = np.zeros((T, *mean.shape[1:]), np.float32)
         z[:len(idx)] = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
         later = rng_for(self.seed, step, n, 1)
         draws, noise = later.random(4), torch.from_numpy(later.standard_normal(z.shape, np.float32))
         return dict(z=torch.from_numpy(z), noise=noise, loss_mask=torch.from_numpy(loss_mask(len(idx), T)), draws=draws,
-                    n=len(idx), text=text, index=index, **words)
+                    n=len(idx), index=index, **words)
 
 
 class StepSampler:
@@ -356,7 +350,6 @@ class StepSampler:
 
 
 # ---- command line
-
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)

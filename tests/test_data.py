@@ -132,7 +132,7 @@ def test_sticker_texts(synthetic):
     assert texts[2 + 3 * 5] == data.text_for(stickers.records[5], data.rng_for(7, 5, 1, 5), 0.5, 0.5)
     dataset = clips(synthetic, split=None, texts=texts)
     items = [dataset[0, n, 8, 0] for n in range(40)]
-    assert all(texts[it["text_row"]] == it["text"] and (it["text_row"] - 1) // 3 == it["index"] for it in items)
+    assert all((it["text_row"] - 1) // 3 == it["index"] for it in items)
     assert len({(it["text_row"] - 1) % 3 for it in items}) == 3 and "text_row" not in clips(synthetic)[0, 0, 8, 0]
 
 
@@ -213,7 +213,7 @@ def test_steps_of_whole_clips_and_of_single_frames(synthetic):
 
 
 def same(a, b):
-    return all(np.array_equal(a[name], b[name]) for name in ("z", "noise", "draws", "text", "tokens", "index"))
+    return all(np.array_equal(a[name], b[name]) for name in ("z", "noise", "draws", "tokens", "index"))
 
 
 def test_draws_are_a_function_of_seed_step_and_n_and_an_epoch_visits_every_concept_once(synthetic):
