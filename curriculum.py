@@ -68,13 +68,11 @@ class Curriculum:
             if self.counts[*cell] < REFERENCE:
                 self.sums[*cell] += loss
                 self.counts[*cell] += 1
-        cells = tasks, deciles
-        return losses / np.maximum(self.sums[cells] / self.counts[cells], 1e-8)
+        return losses / np.maximum(self.sums[tasks, deciles] / self.counts[tasks, deciles], 1e-8)
 
     def observe(self, losses, tasks, deciles):
         """One step's losses (n,) of all ranks, their task numbers and timestep deciles (0..9)."""
-        values = self.normalise(np.asarray(losses, float), np.asarray(tasks), np.asarray(deciles))
-        self.losses.append(float(values.mean()))
+        self.losses.append(float(np.mean(self.normalise(losses, tasks, deciles))))
         last, before = self.losses[-1], self.losses[-2] if len(self.losses) > 1 else self.losses[-1]
         score = KP * last + KI * float(np.mean(self.losses)) + KD * (last - before)
         share = float(np.mean(np.array(self.scores) > score)) if len(self.scores) >= WARMUP else 0.0
@@ -96,10 +94,9 @@ def simulate(mode, steps=2000, seed=0):
     difficulty = np.array([unknown_share(task) for task in TASKS])
     probabilities, entropy = [], []
     for step in range(steps):
-        p = curriculum.probabilities(step)
-        probabilities.append(p)
+        probabilities.append(curriculum.probabilities(step))
         entropy.append(curriculum.entropy(step))
-        tasks, deciles = rng.choice(len(TASKS), 16, p=p), rng.integers(0, 10, 16)
+        tasks, deciles = rng.choice(len(TASKS), 16, p=probabilities[-1]), rng.integers(0, 10, 16)
         falling = 0.5 + 0.5 * np.exp(-4 * step / steps)
         curriculum.observe(difficulty[tasks] * falling * rng.gamma(8, 1 / 8, 16), tasks, deciles)
     return np.array(probabilities), np.array(entropy)
@@ -121,12 +118,11 @@ def plot(path, log=None):
         probabilities, entropy = simulate(mode)
         for task, p in zip(TASKS, probabilities.T):
             axis.plot(np.linspace(0, 1, len(p)), p, label=task)
-        axis.set(title=mode, ylim=(0, 0.45))
+        axis.set(title=mode, ylim=(0, 0.45), ylabel="probability of a task")
         axes[3].plot(np.linspace(0, 1, len(entropy)), entropy, label=f"{mode} (made-up loss)")
     if log:
         steps, measured = read_entropy(log)
         axes[3].plot([step / steps[-1] for step in steps], measured, "k", label="measured")
-    axes[0].set_ylabel("probability of a task")
     axes[3].set_title("expected sample entropy H")
     axes[2].legend(fontsize=7), axes[3].legend(fontsize=7)
     fig.supxlabel("share of the training")

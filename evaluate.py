@@ -51,7 +51,6 @@ TABLES = {  # the paper's numbers of each task; Table 2 has one number for both 
 
 
 # ---- real clips and baselines
-
 def pick(stickers, n, T, seed, among=True):
     """Up to n records of at least T frames, one of each concept; the seed chooses variants and the order of concepts.
 
@@ -101,7 +100,6 @@ def round_trip(vae, clips, batch):
 
 
 # ---- what is measured
-
 class Run:
     """A trained run, and the clips that it makes."""
 
@@ -192,7 +190,6 @@ class EvalSet:
 
 
 # ---- numbers
-
 def mean_of(values, seed):
     return dict(mean=float(np.mean(values)), interval=bootstrap(values, seed=seed),
                 clips=[round(float(v), 4) for v in values])
@@ -280,7 +277,6 @@ def evaluate(args):
 
 
 # ---- the paper's tables
-
 def find_rows(options):
     """["NAME=PATTERN", ...] -> {name: run folders}, one for each seed."""
     found = {}
@@ -339,7 +335,6 @@ def table(args):
 
 
 # ---- command line
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_mutually_exclusive_group().add_argument

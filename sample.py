@@ -31,7 +31,6 @@ MINI = dict(steps=10, eta=0.0, text_scale=3.0, image_scale=1.0)
 
 
 # ---- guidance and DDIM
-
 def branches(text_scale, image_scale, any_text, any_image):
     """[(uses text, uses image, weight)] of the guided eps, terms of weight zero left out:
 
@@ -150,7 +149,6 @@ class Sampler:
 
 
 # ---- given frames and files
-
 def place_frames(frames, task, T):
     """Spread the frames of a file (n, S, S, 4) over a clip -> frames (T, S, S, 4), cond_mask (T,), stride.
 

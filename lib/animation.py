@@ -63,7 +63,6 @@ def over(top, under):
 
 
 # ---- GIF
-
 def parse_gif(content):
     width, height, flags = struct.unpack_from("<HHB", content, 6)
     shared, at = colour_table(content, 13, flags)
@@ -141,7 +140,6 @@ def join_gifs(alone, milliseconds, transparent):
 
 
 # ---- PNG
-
 def chunks(content):
     """Yield (kind, data) of a PNG. ValueError: cut off, or a wrong checksum."""
     at = 8

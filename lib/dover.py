@@ -18,7 +18,6 @@ WINDOW = dict(p=8, q=7, r=7)                     # tokens of an attention window
 
 
 # ---- networks
-
 def chain(**layers):
     """nn.Sequential of named layers."""
     return nn.Sequential(OrderedDict(layers))
@@ -167,7 +166,6 @@ class DOVER(nn.Module):
 
 
 # ---- views and scores
-
 def resize_clip(clip, size):
     """uint8 (T, H, W, 3) -> uint8 (T, *size, 3): bilinear, no antialias, as DOVER was trained with."""
     if clip.shape[1:3] == tuple(size):

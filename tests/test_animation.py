@@ -25,7 +25,6 @@ def seen(x):
 
 
 # ---- the independent composer: lists of pixels, one at a time
-
 def over(top, under):
     """One straight RGBA pixel composited over another."""
     a, b = top[3] / 255, under[3] / 255
@@ -53,7 +52,6 @@ def compose(width, height, frames):
 
 
 # ---- writers
-
 def gif_bytes(width, height, frames, palette=b""):
     """Frames: dict(rows (h, w) of colour numbers below 128, palette, x, y, delay, dispose, transparent, interlace)."""
     def packed(palette):
@@ -96,7 +94,6 @@ def png_data(samples, depth, interlace, rng):
 
 
 # ---- random files
-
 def random_gif(rng):
     """(bytes, what is seen, milliseconds)."""
     width, height = (int(n) for n in rng.integers(1, 14, 2))

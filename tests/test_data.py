@@ -23,7 +23,6 @@ def plates(colours):
 
 
 # ---- masks
-
 def text_of(mask):
     return "".join(str(int(v)) for v in mask)
 
@@ -62,7 +61,6 @@ def test_masks_of_evaluation_of_one_frame_and_of_padding():
 
 
 # ---- key frames
-
 def test_key_frames_are_the_first_of_each_scene_and_exactly_k():
     frames = plates([RED] * 4 + [GREEN] * 5 + [BLUE] * 3)
     frames[:, 0, 0, 0] += np.arange(12, dtype=np.uint8)              # no two frames alike
@@ -101,7 +99,6 @@ def test_choose_frames():
 
 
 # ---- texts
-
 def test_text_augmentation():
     record = dict(caption="a red cat", keywords=["pet", "sleepy cat"])
     for chances, text in (((0, 0), "a red cat"), ((0, 1), "a red cat, pet, sleepy cat"), ((1, 0), "# # #")):
@@ -137,7 +134,6 @@ def test_sticker_texts(synthetic):
 
 
 # ---- sets and latents
-
 def test_sticker_set_views(synthetic):
     everything = data.StickerSet(synthetic[0])
     parts = [data.StickerSet(synthetic[0], split) for split in ("train", "val", "test")]
@@ -179,7 +175,6 @@ def test_latents_are_encoded_once_and_go_on_behind_whole_rows(synthetic):
 
 
 # ---- clips
-
 def test_items(synthetic):
     dataset = clips(synthetic)
     mean, logvar = synthetic[1].astype(np.float32).swapaxes(0, 1)
@@ -296,7 +291,6 @@ def test_neither_ranks_nor_workers_change_a_draw(synthetic):
 
 
 # ---- command line
-
 def test_captions_belong_to_the_source_of_a_folder(tmp_path):
     (tmp_path / "in").mkdir()
     Image.new("RGB", (9, 5), "blue").save(tmp_path / "in/c.jpg")

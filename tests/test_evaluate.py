@@ -19,8 +19,8 @@ from lib.i3d import I3D
 from lib.standins import denoising_loss
 from sample import Sampler
 
-# ---- baselines and numbers
 
+# ---- baselines and numbers
 def test_copy_and_blend_by_hand():
     clips = np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1, 1)
     values = lambda x: x.ravel().tolist()
@@ -58,7 +58,6 @@ def test_fvd_is_of_bare_logits_and_extrapolated(monkeypatch):
 
 
 # ---- a whole run
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A synthetic set of 16 px and a tiny model of random weights: (set folder, run folder)."""
@@ -188,7 +187,6 @@ def test_whole_run_with_weights(world, clip_folder, tmp_path, capsys, monkeypatc
 
 
 # ---- runs side by side, the paper's tables
-
 def test_runs_are_compared_by_what_differs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fd = {name: dict(value=value, interval=[0, 9]) for name, value in (("FD-app", 0.5), ("FD-mot", 0.25))}

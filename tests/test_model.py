@@ -53,7 +53,6 @@ def dfgn_inputs(T):
 
 
 # ---- sizes, names, values
-
 def test_the_paper_preset_has_the_published_size(capsys):
     with torch.device("meta"):
         net, vae = RDTF(PRESETS["paper"]), VAE(PRESETS["paper"].vae)
@@ -101,7 +100,6 @@ def test_presets_and_changes_of_them():
 
 
 # ---- VAE
-
 @pytest.mark.parametrize("config", [
     TINY_VAE, VAEConfig(size=16, image_channels=3, patch=1, widths=(8, 8, 8, 16), groups=4, shortcut=False)])
 def test_latents_are_standardised_and_back(config):
@@ -143,7 +141,6 @@ def test_the_shortcut_starts_as_principal_components():
 
 
 # ---- padding
-
 @BOTH
 @pytest.mark.parametrize("fast", [True, False])
 def test_padding_of_clips_and_captions_cannot_change_the_loss(temporal, fast, monkeypatch):
@@ -175,7 +172,6 @@ def test_frames_are_mixed(temporal):
 
 
 # ---- parts
-
 def test_sti_by_hand():
     sti = model.STI(8, TINY)
     x, clip = normal(6, 8, 4, 4), Clip(torch.ones(1, 6), None, None, None)
@@ -203,7 +199,6 @@ def test_temporal_convolution_is_conv3d(depthwise):
 
 
 # ---- diffusion
-
 @pytest.mark.parametrize("schedule, power", [("linear", 1), ("scaled_linear", 2)])
 def test_schedule(schedule, power):
     betas = np.linspace(0.00085 ** (1 / power), 0.0120 ** (1 / power), 1000) ** power
@@ -250,7 +245,6 @@ def test_the_loss_is_the_weighted_error_and_eps_agrees(prediction):
 
 
 # ---- gradients and speed
-
 @BOTH
 def test_gradient_reaches_every_parameter(temporal):
     """The last convolution starts at zero, then the branches, then what is behind them: three steps wake the last."""

@@ -66,7 +66,6 @@ def moved(net):
 
 
 # ---- the start
-
 @pytest.mark.parametrize("method", ["full", "customize_a_video", "customize_a_video_st", "i2v_adapter"])
 def test_the_start_is_the_base(method):
     given = torch.zeros(2, 4) if method == "i2v_adapter" else GIVEN      # its given frames stand in z_t
@@ -106,7 +105,6 @@ def test_a_base_is_needed():
 
 
 # ---- what is trained
-
 BEFORE_ZEROS = tuple(f"{name}.{kind}" for kind in ("weight", "bias")
                      for name in ("attention.0", "feed_forward.0", "resnet.down", "resnet.conv"))
 ZERO_AT_FIRST = {"i2v_adapter": "to_q.weight", "simda": BEFORE_ZEROS}  # ends of names; of LoRA: ".down"
@@ -167,7 +165,6 @@ def test_lora_merged_is_lora():
 
 
 # ---- what a network does
-
 @pytest.mark.parametrize("method", TUNED)
 def test_padding_is_not_seen(method):
     net = moved(tuned(method))
@@ -215,7 +212,6 @@ def test_i2v_adapter_has_no_loss_on_given_frames():
 
 
 # ---- files
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, stickers16, tiny_vae):
     """{method: run folder}, and of their base."""

@@ -81,7 +81,6 @@ def die(*_, **__):
 
 
 # ---- one process
-
 @pytest.mark.parametrize("stage, number, more", [
     ("vae", signal.SIGTERM, {}), ("dfgn", signal.SIGINT, {}),
     ("dfgn", signal.SIGTERM, dict(frames="sample", still_share=0, workers=1))])
@@ -201,7 +200,6 @@ def test_a_killed_loader_is_told_in_a_sentence(argv, tmp_path):
 
 
 # ---- two ranks
-
 def torchrun(folder, *argv, do=None, agents=1, restarts=0):
     """(exit statuses of its agents, what all wrote on stderr) of two ranks of a training, which do() in step 5.
 

@@ -48,7 +48,6 @@ def run(tiny_dfgn, tmp_path, monkeypatch):
 
 
 # ---- DDIM
-
 @pytest.mark.parametrize("s, eta", [(0.5, 0.0), (1.5, 1.0)])
 def test_ddim_returns_the_variance_of_gaussian_data(s, eta):
     config = DiffusionConfig(beta_start=0.0001)                              # a fine end, for 1000 steps
@@ -105,7 +104,6 @@ def test_sample_k_is_the_same_at_any_batch_size(sampler):
 
 
 # ---- guidance
-
 @pytest.mark.parametrize("text_scale, image_scale, any_text, any_image, terms", [
     (7.5, 4.0, True, True, 3), (7.5, 7.5, True, True, 2), (0.0, 3.0, True, True, 2), (1.0, 1.0, True, True, 1),
     (6.0, 2.5, True, False, 2), (6.0, 2.5, False, True, 2), (6.0, 2.5, False, False, 1)])
@@ -134,7 +132,6 @@ def test_guidance_is_the_three_term_formula(sampler):
 
 
 # ---- given frames
-
 @pytest.mark.parametrize("channels", [4, 3])
 def test_given_frames_come_back_exactly_and_others_do_not_count(channels, sampler, tmp_path):
     if channels == 3:                            # as in the paper's preset: opaque stickers
@@ -177,7 +174,6 @@ def test_places_of_given_frames():
 
 
 # ---- the command
-
 def test_six_tasks_of_a_trained_model(run, capsys):
     alpha, frames = np.random.default_rng(0).integers(0, 256, (12, 20, 4), np.uint8), np.zeros((5, 16, 16, 4), np.uint8)
     for i in range(5):

@@ -125,7 +125,6 @@ def test_files_that_are_no_answers_are_refused(key, tmp_path):
 
 
 # ---- the page in a browser
-
 SCRIPT = """
 const seen = [], press = (...keys) => keys.forEach(key => document.body.dispatchEvent(
   new KeyboardEvent("keydown", {key, bubbles: true, cancelable: true})));

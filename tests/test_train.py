@@ -56,7 +56,6 @@ def assert_same(a, b):
 
 
 # ---- what a run writes
-
 def test_a_run_folder(tiny_dfgn, tiny_vae):
     assert {p.name for p in tiny_dfgn.iterdir()} == RUN_FILES
     config, state = read_config(tiny_dfgn), state_of(tiny_dfgn)
@@ -119,7 +118,6 @@ def test_averaged_weights_after_one_step(dfgn_argv, stickers16, tmp_path):
 
 
 # ---- memory and speed
-
 def test_micro_batches_checkpointing_and_compiling_change_no_number(dfgn_argv, tmp_path, monkeypatch):
     """Compiled by aot_eager: traced as ever, but run by torch's own kernels; inductor's take minutes to build."""
     monkeypatch.setattr(train, "COMPILER", "aot_eager")
@@ -158,7 +156,6 @@ def test_precision_is_tried_once(dfgn_argv, tmp_path, monkeypatch, capsys):
 
 
 # ---- draws
-
 def draws(count=4000, p=np.full(6, 1 / 6), real=8, config=TrainConfig()):  # noqa: B008
     chances = data.rng_for(config.seed, 3, 0, 1).random((count, 4))
     return [train.draw_condition(config, p, u, real, 8, 1000) for u in chances]
@@ -207,7 +204,6 @@ def test_one_task_on_whole_clips(dfgn_argv, tmp_path):
 
 
 # ---- text towers, base
-
 def test_a_towers_features_are_cached_and_read_by_row(tower_dfgn, stickers16, clip_folder, no_network, monkeypatch):
     cache, = stickers16.glob("text-*.bin")
     stage = stage_of(tower_dfgn)
@@ -262,7 +258,6 @@ def test_a_run_starts_from_anothers_weights(dfgn_argv, tiny_dfgn, tmp_path):
 
 
 # ---- going on with other options, what is refused (more is in test_bad_input.py)
-
 MAY_CHANGE = {"workers", "log_every", "save_every", "accumulate", "checkpointing", "zero", "compile", "ema_device",
               "sample_every", "prompts",
               "data", "vae", "base", "absorber", "clip_weights", "clip_model"}  # the last six: of equal hashes

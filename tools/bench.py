@@ -71,7 +71,6 @@ def compare(works, rounds):
 
 
 # ---- the network
-
 def gflop(c, B, T, side):
     """GFLOP of one forward pass."""
     with torch.device("meta"):
@@ -138,7 +137,6 @@ NETWORK = dict(paper=lambda: measure(PAPER, 1, 8, 32, 3), small=lambda: measure(
 
 
 # ---- Table 8
-
 def table8(config=PRESETS["paper"], rounds=3):
     """Print Table 8: parameters and seconds of one forward pass, the paper's methods and ours on this machine.
 
@@ -154,7 +152,6 @@ def table8(config=PRESETS["paper"], rounds=3):
 
 
 # ---- training, data, metrics
-
 def ranks(folder, vae, steps=40, rounds=2):
     """Clips/s of train.py, mini preset, a thread a rank: one rank with 8 clips a step, two with 8 and with 4 each."""
     rates = {(1, 8): [], (2, 16): [], (2, 8): []}        # (ranks, batch)

@@ -28,7 +28,6 @@ T, SEEDS, HELD_OUT = 8, 3, 512
 
 
 # ---- damages: (white clips (n, T, S, S, 3) uint8, strength, generator) -> clips
-
 def blur(clips, sigma, rng):
     blurred = [gaussian_filter(clip.astype(np.float32), (0, sigma, sigma, 0), mode="nearest") for clip in clips]
     return np.round(blurred).astype(np.uint8)
@@ -76,7 +75,6 @@ DAMAGES = {                                      # strengths, mild to strong
 
 
 # ---- reactions
-
 def split_concepts(stickers, n, rng):
     """Two lists of up to n records of the training split without a concept in common, equally long; any variants."""
     rows = np.flatnonzero((stickers.split == "train") & (stickers.lengths >= T))

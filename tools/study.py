@@ -35,7 +35,6 @@ def hash_of(value):
 
 
 # ---- the page
-
 def data_uri(frames, duration):
     """(T, S, S, 4) uint8 straight RGBA -> data URI of a lossless WebP; one frame: a still."""
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +97,6 @@ def make_page(folders, out, options):
 
 
 # ---- the answers
-
 def read_object(path, *fields):
     try:
         value = json.loads(Path(path).read_text("utf-8"))
