@@ -91,8 +91,8 @@ def by_clips(task, pairs):
     clips = {name: np.array(score["clips"]) for name, score in task["scores"].items()}
     clips["dB over copying"] = np.array(task["psnr"]["model - copy"]["clips"])
 
-    def mean(rows, values):
-        return values[rows].mean()
+    def mean(rows, values):                      # Recog@1 has none for concepts that the judge lacks, in no run
+        return values[rows[rows < len(values)]].mean()
 
     def distance(rows, pair):
         function, real, other = pair

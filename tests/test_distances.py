@@ -86,7 +86,8 @@ def test_differences_are_paired_by_clip_and_over_runs():
     hard = rng.standard_normal(40)                                           # how hard each concept is
 
     def row(*offsets):
-        return [distances.by_clips(dict(scores=dict(loss=dict(clips=hard + x + 0.01 * rng.standard_normal(40))),
+        return [distances.by_clips(dict(scores=dict(loss=dict(clips=hard + x + 0.01 * rng.standard_normal(40)),
+                                                    known=dict(clips=hard[:37] + x)),  # the judge lacks three concepts
                                         psnr={"model - copy": dict(clips=-hard)}), {}) for x in offsets]
     found = distances.differences({"A": row(0), "B": row(0.3), "C": row(0, 0.6)}, 40, 0)
     assert set(found) == {"B - A", "C - A"}
@@ -94,6 +95,7 @@ def test_differences_are_paired_by_clip_and_over_runs():
         low, high = found[name]["loss"]["interval"]
         assert found[name]["loss"]["value"] == pytest.approx(0.3, abs=0.02)
         assert low < 0.3 < high and least < high - low < most
+    assert found["B - A"]["known"]["value"] == pytest.approx(0.3)
     assert found["B - A"]["dB over copying"] == dict(value=0, interval=(0, 0))
 
 
