@@ -27,7 +27,7 @@ from model import END, load_rdtf, load_vae
 
 DEFAULTS = dict(steps=50, eta=1.0, text_scale=7.5, image_scale=7.5)     # paper Table 6
 SHIPPED = Path(__file__).parent / "checkpoints/mini.safetensors"
-MINI = dict(steps=10, eta=0.0, text_scale=3.0, image_scale=1.0)
+MINI = dict(steps=10, eta=0.0, text_scale=3.0, image_scale=3.0)
 
 
 # ---- guidance and DDIM
