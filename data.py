@@ -85,14 +85,6 @@ def unknown_share(task, T=8):
     return float(np.mean([1 - len(given) / T for given in given_frames(fit_task(task, T), T)]))
 
 
-def nearest_given(cond_mask):
-    """(..., T) mask -> (..., T) number of each frame's nearest given frame (ties: the earlier), or its own number."""
-    given = np.asarray(cond_mask)[..., None, :] > 0                          # (..., 1, T)
-    places = np.arange(given.shape[-1])
-    distance = np.where(given, np.abs(places[:, None] - places), len(places))    # (..., T, T)
-    return np.where(given.any(-1), distance.argmin(-1), places)
-
-
 # ---- key frames
 def features(frames):
     """(n, S, S, 4) -> (n, 1536): 16x16 RGB means over grey, and their difference to the next frame.

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import trange
 
-from data import TASKS, StickerSet, eval_mask, nearest_given
+from data import TASKS, StickerSet, eval_mask
 from lib import tables
 from lib.clip import clip_scores
 from lib.cpu import keep_memory
@@ -35,6 +35,7 @@ from lib.index import SPLITS, Members
 from lib.judge import SHIPPED
 from lib.media import check_sheet, contact_sheet, even_frames, to_rgba, to_tensor
 from lib.options import check_least
+from lib.peft import nearest_given
 from lib.standins import denoising_loss, fd_app, fd_mot
 from sample import DEFAULTS, Sampler
 
@@ -73,7 +74,7 @@ def to_white(rgba):
 
 def copy_nearest(clips, mask):
     """Each frame of clips (N, T, ...) replaced by the nearest given one; mask (T,)."""
-    return clips[:, nearest_given(mask)]
+    return clips[:, nearest_given(torch.from_numpy(mask))]
 
 
 def blend(clips, mask):

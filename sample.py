@@ -209,7 +209,7 @@ def parse(argv):
     parser.add_argument("--steps", type=int, help="DDIM steps (paper 50; mini 10)")
     parser.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1 (paper 1; mini 0)")
     parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 3)")
-    parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 1)")
+    parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 3)")
     parser.add_argument("--duration", type=int, help="milliseconds a frame; default: as in --frames, or else 125")
     parser.add_argument("--out", help="file (.webp, .gif, .png) or folder to write; default: PROMPT.webp")
     parser.add_argument("--sheet", help="PNG contact sheet of all stickers")

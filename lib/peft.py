@@ -53,10 +53,10 @@ class Skip(nn.Module):
 
 
 # ---- I2V-Adapter
-def nearest(cond_mask):
-    """(B, T) mask -> (B, T) number of each frame's nearest given frame (ties: the earlier); 0 where none is given."""
-    places = torch.arange(cond_mask.shape[1], device=cond_mask.device)
-    distance = (places[:, None] - places).abs() + len(places) * (cond_mask[:, None, :] == 0)    # (B, T, T)
+def nearest_given(cond_mask):
+    """(..., T) mask -> (..., T) number of each frame's nearest given frame (ties: the earlier), or its own."""
+    places = torch.arange(cond_mask.shape[-1], device=cond_mask.device)
+    distance = (places[:, None] - places).abs() + len(places) * (cond_mask[..., None, :] == 0)    # (..., T, T)
     return distance.argmin(-1)
 
 
@@ -74,7 +74,7 @@ class CrossFrame(nn.Module):
     def branch(self, h, clip):
         """h (B*T, cells, C), normalised -> the same shape."""
         attn, (B, T) = self.base.attn, clip.given.shape
-        rows = nearest(clip.given) + T * torch.arange(B, device=h.device)[:, None]
+        rows = nearest_given(clip.given) + T * torch.arange(B, device=h.device)[:, None]
         k, v = attn.to_kv(h[rows.flatten()]).chunk(2, -1)
         out = attend(*(attn.split(x) for x in (self.to_q(h), k, v)))
         on = clip.given.amax(1).repeat_interleave(T)[:, None, None]

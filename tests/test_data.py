@@ -56,8 +56,6 @@ def test_masks_of_evaluation_of_one_frame_and_of_padding():
     with pytest.raises(UserError, match="guess"):
         data.fit_task("guess", 8)
     assert data.loss_mask(3, 5).tolist() == [1, 1, 1, 0, 0] and data.loss_mask(9, 4).tolist() == [1] * 4
-    masks = np.array([[1, 0, 0, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
-    assert data.nearest_given(masks).tolist() == [[0, 0, 0, 4, 4], [2] * 5, [0, 1, 2, 3, 4]]   # a tie: the earlier
 
 
 # ---- key frames
