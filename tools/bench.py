@@ -2,7 +2,7 @@
 
     python tools/bench.py network                  # paper, small, mini, memory: 15 minutes on two cores
     python tools/bench.py table8                   # parameters and seconds of a forward pass, the paper's beside
-    python tools/bench.py ranks                    # one gloo rank against two, mini preset; wants data and a VAE
+    python tools/bench.py ranks                    # one gloo rank against two, mini preset; wants --data
     python tools/bench.py data                     # clips/s: decoding on the fly, prepared frames, latent cache
     python tools/bench.py ingest                   # preparing stickers beside decoding them, one worker and two
     python tools/bench.py i3d                      # FVD's network beside torch.jit.freeze of it
@@ -243,7 +243,7 @@ def main(argv=None):
     parser.add_argument("what", choices=("network", "table8", "ranks", "data", "ingest", "i3d"))
     parser.add_argument("cases", nargs="*", help=f"of network: {', '.join(NETWORK)} (default: all)")
     parser.add_argument("--data", default="data/fluent", help="prepared set (default: %(default)s)")
-    parser.add_argument("--vae", default="runs/vae/model.safetensors", help="of ranks (default: %(default)s)")
+    parser.add_argument("--vae", default="checkpoints/mini-vae.safetensors", help="of ranks (default: %(default)s)")
     args = parser.parse_args(argv)
     for name in args.cases:
         if args.what != "network" or name not in NETWORK:
