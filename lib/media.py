@@ -232,24 +232,46 @@ def write_animation(path, frames, durations):
     Path(path).write_bytes(content)
 
 
+PNG_LEVELS = ((1, 256), (1, 128), (2, 256), (2, 128), (2, 64), (4, 128), (4, 64), (4, 32), (4, 8))  # block, colours
+
+
+def few_colours(images, size, block, colours):
+    """Premultiplied images -> RGBA ones of `size`: one palette for all, 16 degrees of alpha, blocks of equal pixels.
+
+    An octree of RGBA, as Pillow has it, tore holes and made faint pixels opaque; the frames of 64 px that are enlarged
+    here lose less by blocks than by colours."""
+    small = [im.resize((size[0] // block, size[1] // block), Image.Resampling.BICUBIC) for im in images]
+    x = np.stack([np.asarray(im.convert("RGBA")) for im in small])
+    alpha = (np.round(x[..., 3:] / 17) * 17).astype(np.uint8)
+    shown = x[alpha[..., 0] > 0][:, :3]
+    palette = Image.fromarray(shown[None] if len(shown) else x[:1, 0, :, :3]).quantize(colours)      # median cut
+    found = []
+    for frame, a in zip(x, alpha):
+        rgb = Image.fromarray(np.ascontiguousarray(frame[..., :3])).quantize(palette=palette, dither=Image.Dither.NONE)
+        rgba = np.concatenate([np.asarray(rgb.convert("RGB")) * (a > 0), a], -1)
+        found.append(Image.fromarray(rgba).resize(size, Image.Resampling.NEAREST))
+    return found
+
+
 def encode_for(frames, duration, platform):
     """Frames (T, S, S, 4) of `duration` ms each -> the bytes that a platform accepts, a sentence on what was done.
 
-    Quality (WebP) or the number of colours (APNG) falls until the limit is met. UserError: it never is, or what was
-    written breaks another rule when it is read again."""
+    Quality (WebP), or size of blocks and number of colours (APNG), change until the limit is met. UserError: it never
+    is, or what was written breaks another rule when it is read again."""
     rules = PLATFORMS[platform]
     duration = max(rules.least_ms, min(duration, int(1000 * rules.most_seconds / len(frames))))
     size, webp = (rules.side, rules.side), rules.suffix == ".webp"
-    images = [Image.fromarray(f).convert("RGBa").resize(size, Image.Resampling.BICUBIC).convert("RGBA") for f in frames]
-    for level in (95, 85, 75, 60, 45, 30, 15, 5) if webp else (256, 128, 64, 32, 16, 8, 4):
+    images = [Image.fromarray(f).convert("RGBa") for f in frames]
+    large = [im.resize(size, Image.Resampling.BICUBIC).convert("RGBA") for im in images]
+    for level in (95, 85, 75, 60, 45, 30, 15, 5) if webp else PNG_LEVELS:
         if webp:
-            content = save(images, "WEBP", duration, quality=level, alpha_quality=100 if level > 45 else level)
-        else:                                    # fewer colours, still stored without a palette
-            fewer = [im.quantize(level, Image.Quantize.FASTOCTREE).convert("RGBA") for im in images]
-            content = save(fewer, "PNG", duration, disposal=0, blend=0)
+            content = save(large, "WEBP", duration, quality=level, alpha_quality=100 if level > 45 else level)
+            what = f"quality {level}"
+        else:                                    # stored without a palette
+            content = save(few_colours(images, size, *level), "PNG", duration, disposal=0, blend=0)
+            what = f"{level[1]} colours in blocks of {level[0]} px"
         if len(content) <= rules.most_bytes:
             total = check_finished(content, platform)
-            what = f"quality {level}" if webp else f"{level} colours"
             return content, (f"{platform}: {rules.suffix[1:]}, {rules.side}x{rules.side}, {what}, "
                              f"{len(content) / 1000:.0f} of {rules.most_bytes / 1000:.0f} kB, {total / 1000:.1f} s")
     raise UserError(f"--for {platform}: the clip does not fit {rules.most_bytes // 1000} kB at any quality")

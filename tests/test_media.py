@@ -116,6 +116,19 @@ def test_platforms(platform, kind, side, limit, seconds, monkeypatch):
         size(100)
 
 
+def test_few_colours_tear_no_holes_and_fill_no_ground():
+    """A speckled sticker with faint pixels around it, too large for Signal at full quality."""
+    rng, (y, x) = np.random.default_rng(0), np.mgrid[:64, :64] - 31.5
+    frames = rng.integers(150, 250, (8, 64, 64, 4), np.uint8)
+    disc, far = np.hypot(x, y) < 24, np.hypot(x, y) > 28
+    frames[..., 3] = np.where(disc, 255, rng.integers(0, 6, (8, 64, 64)))
+    made = media.read_animation(media.encode_for(frames, 125, "signal")[0])[0]
+    inner, outer = (np.kron(part, np.ones((8, 8))) > 0 for part in (np.hypot(x, y) < 21, far))
+    assert made[:, inner, 3].min() == 255 and not made[:, outer, 3].any()
+    large = [Image.fromarray(f[..., :3]).resize((512, 512), Image.Resampling.BICUBIC) for f in frames]
+    assert np.abs(made[:, inner, :3].astype(int) - np.stack(large)[:, inner]).mean() < 12
+
+
 def strict_gif(content):
     """(images, hundredths of a second in all) of a GIF read block by block; any byte out of place is an error."""
     assert content[:6] == b"GIF89a" and content.count(b"GIF89a") == 1
