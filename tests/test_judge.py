@@ -60,8 +60,11 @@ def test_training_makes_a_judge_that_knows_shapes_of_other_styles(drawings, tmp_
     files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
     for file in files:
         train_judge.main([*argv, str(file)])
+    train_judge.main([*argv, str(tmp_path / "bf16.safetensors"), "--precision", "bf16"])
+    rounded = load_judge(tmp_path / "bf16.safetensors").state_dict()["out.weight"]
     net, again = map(load_judge, files)
     assert all(map(torch.equal, net.state_dict().values(), again.state_dict().values()))
+    assert not torch.equal(rounded, net.out.weight) and torch.allclose(rounded, net.out.weight, atol=0.05)
     assert net.concepts == sorted(f"{colour} star" for colour in COLOURS) and not net.training
     found, extractor = train_judge.Drawings(drawings), JudgeExtractor(files[0])
     fluent = [i for i, r in enumerate(found.stickers.records) if r["style"] == "fluent"]

@@ -1,6 +1,6 @@
-"""Train the judge of Recog@1 (lib/judge.py) on emoji stills in three styles; about 20 minutes on one CPU core.
+"""Train the judge of Recog@1 (lib/judge.py) on emoji stills in three styles; half an hour on two CPU cores.
 
-    python tools/train_judge.py --data data/emoji --out checkpoints/judge.safetensors
+    python tools/train_judge.py --precision bf16 --data data/emoji --out checkpoints/judge.safetensors
 
 Trained on the concepts of the train split alone, whatever the set held out. At the end it is asked for the concepts of
 Fluent stills that it never saw.
@@ -113,10 +113,12 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", default="data/emoji", help="a set of `python data.py emoji` (default: %(default)s)")
     add("--out", default="checkpoints/judge.safetensors", help="default: %(default)s")
-    add("--steps", type=int, default=1500, help="default: %(default)s")
+    add("--steps", type=int, default=3000, help="default: %(default)s")
     add("--batch", type=int, default=128, help="concepts a step (default: %(default)s)")
     add("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     add("--temperature", type=float, default=0.1, help="of InfoNCE (default: %(default)s)")
+    add("--precision", choices=("float32", "bf16"), default="float32", help="of the network in training "
+        "(default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     o = parser.parse_args(argv)
     keep_memory()
@@ -129,8 +131,10 @@ def main(argv=None):
     bar = trange(o.steps, desc=f"judge, {size:.2f} M parameters", mininterval=5)
     for step in bar:
         generator = torch.Generator().manual_seed(o.seed * 2 ** 32 + step)
-        views = [net(augment(drawings.pictures(side), generator)) for side in drawings.draw(o.seed, step, o.batch)]
-        loss = info_nce(*views, o.temperature)
+        sides = [augment(drawings.pictures(side), generator) for side in drawings.draw(o.seed, step, o.batch)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=o.precision == "bf16"):
+            views = [net(side) for side in sides]
+        loss = info_nce(*(view.float() for view in views), o.temperature)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step(), schedule.step()
