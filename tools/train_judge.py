@@ -1,4 +1,4 @@
-"""Train the judge of Recog@1 (lib/judge.py) on emoji stills in three styles; half an hour on two CPU cores.
+"""Train the judge of Recog@1 (lib/judge.py) on emoji stills in three styles, on a CPU.
 
     python tools/train_judge.py --precision bf16 --data data/emoji --out checkpoints/judge.safetensors
 
