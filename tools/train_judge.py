@@ -113,7 +113,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--data", default="data/emoji", help="a set of `python data.py emoji` (default: %(default)s)")
     add("--out", default="checkpoints/judge.safetensors", help="default: %(default)s")
-    add("--steps", type=int, default=3000, help="default: %(default)s")
+    add("--steps", type=int, default=6000, help="default: %(default)s")
     add("--batch", type=int, default=128, help="concepts a step (default: %(default)s)")
     add("--lr", type=float, default=2e-3, help="peak learning rate (default: %(default)s)")
     add("--temperature", type=float, default=0.1, help="of InfoNCE (default: %(default)s)")
