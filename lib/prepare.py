@@ -20,6 +20,7 @@ from multiprocessing import connection, parent_process
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from lib.files import UserError, lock, read_json, read_jsonl, rename_durably, write_json
@@ -104,7 +105,7 @@ def write_shards(work, jobs, length, workers, done, total):
         summary = future.result()
         done[summary["number"]] = summary
         bar.update(summary["jobs"])
-    pool, running = ProcessPoolExecutor(workers, initializer=end_with_parent), deque()
+    pool, running = ProcessPoolExecutor(workers, initializer=start_worker), deque()
     try:
         for number, chunk in chunks:
             if number in done:
@@ -124,8 +125,11 @@ def write_shards(work, jobs, length, workers, done, total):
         bar.close()
 
 
-def end_with_parent():
-    """Worker: Ctrl-C ends it without a traceback, and it ends with the main process however that ends."""
+def start_worker():
+    """Worker: Ctrl-C ends it without a traceback, and it ends with the main process however that ends.
+
+    Products of one thread: as many threads a worker as there are cores wait for each other most of the time."""
+    threadpool_limits(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     wait = lambda: (connection.wait([parent_process().sentinel]), os._exit(1))
     threading.Thread(target=wait, daemon=True).start()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_media import moving_square
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from lib import prepare as prepare_module
 from lib.files import UserError, read_jsonl
@@ -39,6 +40,10 @@ def die(job):
     if job["file"] == "fatal":
         os.kill(os.getpid(), signal.SIGKILL)
     return job
+
+
+def count_threads(job):
+    return dict(job, keywords=[f"{library['internal_api']} {library['num_threads']}" for library in threadpool_info()])
 
 
 def jobs_of(folder, n=320):
@@ -132,6 +137,13 @@ def test_a_dead_worker_is_a_sentence_and_nothing_is_lost(files, whole, tmp_path)
     assert len(list(tmp_path.glob(".set.part/parts/*.jsonl"))) >= 10
     make(files, tmp_path / "set")
     assert contents(tmp_path / "set") == contents(whole)
+
+
+def test_workers_compute_with_one_thread(files, tmp_path):
+    with threadpool_limits(2):                   # as on a machine of two cores
+        make(files, tmp_path / "set", 39, read=count_threads)
+    threads = {name for record in Index(tmp_path / "set") for name in record["keywords"]}
+    assert threads and {name.split()[1] for name in threads} == {"1"}
 
 
 def test_too_much_skipped_is_an_error_with_three_reasons(files, tmp_path):
