@@ -19,14 +19,17 @@ from model import load_vae
 def places(stickers16, tiny_vae, tiny_dfgn, tmp_path_factory):
     """A folder of copies and broken files, by the names that the table below writes in braces."""
     root = tmp_path_factory.mktemp("places")
-    copies = dict(set=stickers16, noset=stickers16, vae=tiny_vae, run=tiny_dfgn, norun=tiny_dfgn, damaged=tiny_dfgn)
+    copies = dict(set=stickers16, cutset=stickers16, noset=stickers16, oldset=stickers16, vae=tiny_vae, run=tiny_dfgn,
+                  norun=tiny_dfgn, damaged=tiny_dfgn)
     for name, source in copies.items():
         shutil.copytree(source, root / name)
     (root / "empty").mkdir(), (root / "stickers").mkdir()
     files = {"cut.safetensors": (root / "run/model.safetensors").read_bytes()[:-1], "text.bin": b"no weights",
-             "noset/meta.json": b"{", "norun/config.json": b"{}", "damaged/state.pt": b"PK\3\4",
-             "damaged/state.prev.pt": b"PK\3\4", "bad.webp": b"RIFF", "blank.txt": b"\n \n", "none.jsonl": b"{}\n",
-             "bad.jsonl": b'{"step": 1, "entropy": 0.5}\n{"step"\n', "stickers/captions.jsonl": b'{"file": 1}\n'}
+             "cutset/frames-00000.bin": b"x", "noset/meta.json": b"{", "oldset/meta.json": b'{"version": 1}',
+             "norun/config.json": b"{}", "damaged/state.pt": b"PK\3\4", "damaged/state.prev.pt": b"PK\3\4",
+             "bad.webp": b"RIFF", "blank.txt": b"\n \n", "none.jsonl": b"{}\n",
+             "bad.jsonl": b'{"step": 1, "entropy": 0.5}\n{"step"\n', "list.jsonl": b"[1]\n",
+             "up.jsonl": b'{"visual_path": "../x.gif", "eng_cap": "x"}\n', "stickers/captions.jsonl": b'{"file": 1}\n'}
     for name, content in files.items():
         (root / name).write_bytes(content)
     write_animation(root / "good.webp", np.full((3, 16, 16, 4), 200, np.uint8), [100] * 3)
@@ -67,6 +70,7 @@ CASES = [                                        # (command, input, message)
     (TRAIN, "--still-share 0.5 -1", "--still-share -1.0: a share is 0 to 1"),
     (TRAIN, "--sample-every 5", "--sample-every and --prompts: give both"),
     (TRAIN, "--sample-every 5 --prompts {r}/blank.txt", "--prompts .*blank.txt: no captions in it"),
+    (TRAIN, "--text-drop 1.5", "--text-drop 1.5: a share is 0 to 1"),
     (TRAIN, "--batch 3 --accumulate 2", "--batch 3: not a multiple of the 1 processes times --accumulate 2"),
     (TRAIN, "--stage vae --checkpointing", "--checkpointing: for the dfgn stage alone"),
     (TRAIN, "--stage vae --base x", "--base: for the dfgn stage alone"),
@@ -75,6 +79,8 @@ CASES = [                                        # (command, input, message)
     (TRAIN, "--preset mini", "--data .*set: 16 px, preset mini wants 64"),
     (TRAIN, "--data {r}/nowhere", "nowhere/meta.json: no prepared set"),
     (TRAIN, "--data {r}/noset", "noset/meta.json: corrupt"),
+    (TRAIN, "--data {r}/cutset", "cutset: frames-00000.bin is of the wrong length"),
+    (TRAIN, "--data {r}/oldset", "oldset/meta.json: of version 1"),
     (TRAIN, "--vae {r}/nowhere", "nowhere: no such model; train one with"),
     (TRAIN, "--vae {r}/run/model.safetensors", "holds 'dfgn', 'vae' is needed"),
     (TRAIN, "--vae {r}/text.bin", "text.bin: cannot be read as weights .*not a file that torch.save wrote"),
@@ -118,6 +124,8 @@ CASES = [                                        # (command, input, message)
     (FOLDER, "{r}/empty", "no GIF, WebP, PNG or JPEG in it, but no file"),
     (FOLDER, "{r}/stickers", "captions.jsonl, line 1: needs \"file\" and \"caption\""),
     (VSD2M, "{r}/nowhere", "nowhere: no such file"),
+    (VSD2M, "{r}/list.jsonl", "list.jsonl, line 1: not a JSON object"),
+    (VSD2M, "{r}/up.jsonl", "up.jsonl, line 1: visual_path must be"),
     ("curriculum", "--plot {r}/x.txt", "--plot .*x.txt: a plot is a .png"),
     (PLOT, "--log {r}/bad.jsonl", "bad.jsonl, line 2: not JSON"),
     (PLOT, "--log {r}/none.jsonl", "none.jsonl: no line with a step")]

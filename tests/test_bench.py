@@ -18,6 +18,13 @@ def test_passes_have_the_gflop_that_are_counted_and_leave_nothing_behind():
     assert not net.checkpointing and all(p.grad is None for p in net.parameters())
 
 
+def test_all_compared_takes_its_turn_in_every_round(monkeypatch):
+    calls = []
+    monkeypatch.setattr(bench, "seconds", lambda work: work() or len(calls))
+    taken = bench.compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
+    assert calls == ["a", "b"] * 4 and taken == dict(a=5, b=6)     # medians of 3, 5, 7 and 4, 6, 8: not the first
+
+
 def test_measure_prints_rates_and_unknown_cases_are_refused(capsys):
     bench.measure(TINY, 1, 3, 4, 1)
     text = capsys.readouterr().out

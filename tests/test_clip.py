@@ -1,9 +1,11 @@
 """lib/clip.py: vectors by a local open_clip model, scores by hand. Files that are refused: test_weights.py."""
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 from lib.clip import CLIPExtractor, clip_scores, recall
-from lib.files import file_hash
+from lib.files import UserError, file_hash
 
 
 def test_vectors_are_open_clips(clip_folder):
@@ -18,6 +20,12 @@ def test_vectors_are_open_clips(clip_folder):
     expected = net.eval().encode_image(prepare(Image.fromarray(clips[1, 2]))[None], normalize=True)[0]
     assert np.allclose(rows[1, 64:], expected.detach(), atol=1e-5)
     assert file_hash(clip_folder / "open_clip_pytorch_model.bin")[:12] in extractor.describe(3, 16)
+
+
+def test_other_weights_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="(?s)--clip .*other.pt: not the weights of ViT-B-32.*Missing key"):
+        CLIPExtractor(str(tmp_path / "other.pt"), "ViT-B-32")
 
 
 def test_scores_by_hand():

@@ -119,6 +119,18 @@ def clips(synthetic, split="train", **options):
     return data.ClipDataset(data.StickerSet(synthetic[0], split), synthetic[1], **{"seed": 3, "batch": 4, **options})
 
 
+def test_sticker_texts(synthetic):
+    stickers = data.StickerSet(synthetic[0])
+    texts = data.StickerTexts(stickers, 3, 7, 0.5, 0.5)
+    assert len(texts) == len(list(texts)) == 1 + 3 * 48 and texts[0] == ""
+    assert [texts[1 + 3 * i] for i in range(48)] == [r["caption"] for r in stickers.records]
+    assert texts[2 + 3 * 5] == data.text_for(stickers.records[5], data.rng_for(7, 5, 1, 5), 0.5, 0.5)
+    dataset = clips(synthetic, split=None, texts=texts)
+    items = [dataset[0, n, 8, 0] for n in range(40)]
+    assert all((it["text_row"] - 1) // 3 == it["index"] for it in items)
+    assert len({(it["text_row"] - 1) % 3 for it in items}) == 3 and "text_row" not in clips(synthetic)[0, 0, 8, 0]
+
+
 # ---- sets and latents
 def test_sticker_set_views(synthetic):
     everything = data.StickerSet(synthetic[0])
@@ -243,6 +255,14 @@ def test_several_sets_are_one(synthetic, tmp_path):
     data.main(["synthetic", "--n", "4", "--size", "8", "--out", str(tmp_path / "small"), "--workers", "1"])
     with pytest.raises(UserError, match="of 16, 8 px; prepare them with one --size"):
         data.StickerSet([synthetic[0], tmp_path / "small"])
+
+
+def test_the_vocabulary_is_that_of_captions_and_keywords(synthetic):
+    records = [dict(caption="a red cat", keywords=["pet"]), dict(caption="cat", keywords=[])]
+    known = data.vocabulary(records)
+    assert known == sorted(set(known)) and {0, 258, 49406, 49407} < set(known)
+    want = set(data.tokenize(["a red cat, pet"])[0].tolist()) | {258}
+    assert set(known) == want and not set(data.tokenize(["dog"])[0].tolist()) <= want
 
 
 def test_variants_of_a_concept_take_turns(synthetic):

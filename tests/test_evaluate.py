@@ -143,6 +143,29 @@ def test_a_model_file_alone_is_measured(world, tmp_path, monkeypatch):
     assert {**one, "model": ""} == {**two, "model": ""}
 
 
+def test_killed_evaluation_goes_on_and_the_batch_changes_no_clip(world, monkeypatch):
+    made, sample = [], evaluate.Sampler.sample
+
+    def killed(self, prompts, seeds, **more):
+        if len(made) == 2:
+            made.append("killed")
+            raise KeyboardInterrupt
+        made.append(seeds)
+        return sample(self, prompts, seeds, **more)
+    monkeypatch.setattr(evaluate.Sampler, "sample", killed)
+    args = evaluate.parse(command(world, "--seed", "9", "--batch", "2"))
+    run, test = evaluate.Run(world[1], args), evaluate.EvalSet(args)
+    with pytest.raises(KeyboardInterrupt):
+        run.clips("it2v", test)
+    clips = np.array(run.clips("it2v", test))
+    assert made == [[(9, 0), (9, 1)], [(9, 2), (9, 3)], "killed", [(9, 4), (9, 5)]]
+    assert (clips[:, 0] == test.clips[:, 0]).all()
+    for path in (world[1] / "eval").glob("it2v-*"):
+        path.unlink()
+    args.batch = 6
+    assert abs(run.clips("it2v", test).astype(int) - clips).max() <= 1
+
+
 def test_whole_run_with_weights(world, clip_folder, tmp_path, capsys, monkeypatch):
     """CLIP of random weights, the networks of I3D and DOVER replaced (minutes): every number has its column."""
     torch.manual_seed(0)

@@ -263,6 +263,34 @@ def test_gradient_reaches_every_parameter(temporal):
     assert [name for name in silent if not name.endswith("to_k.bias")] == []    # a softmax does not feel its keys' bias
 
 
+def kept_bytes(net, batch):
+    """Bytes that autograd keeps for the backward pass beside parameters and inputs, and the gradients."""
+    given = {x.untyped_storage().data_ptr() for x in (*net.parameters(), *batch.values())}
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = net(**batch).square().mean()
+    total = sum(n for storage, n in kept.items() if storage not in given)
+    return total, torch.autograd.grad(loss, list(net.parameters()))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory():
+    net = DFGN(TINY).double()
+    for i, p in enumerate(net.parameters()):
+        p.data = 0.1 * normal(*p.shape, seed=i).double()
+    loss_mask = torch.tensor([[1.0] * 4, [1, 1, 1, 0]]).double()
+    batch = dict(dfgn_inputs(4), z_t=latents(2, 4, 7, side=8), known=latents(2, 4, 8, side=8), loss_mask=loss_mask)
+    batch = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
+    plain, wanted = kept_bytes(net, batch)
+    net.checkpointing = True
+    layers, by_layer = kept_bytes(net, batch)
+    assert layers < 0.4 * plain and all(g.abs().max() > 0 for g in wanted)
+    torch.testing.assert_close(by_layer, wanted, rtol=1e-10, atol=1e-12)
+
+
 def test_the_fast_ways_of_a_cpu_give_the_plain_results(monkeypatch):
     """Outputs and gradients of lib.cpu's layers."""
     wide, many = (normal(2, 300, *size).double().requires_grad_() for size in ((256,), (7, 6)))

@@ -98,6 +98,11 @@ def test_appearance_lora_starts_as_the_base_without_temporal_layers():
     torch.testing.assert_close(output(tuned("appearance_lora")), output(without_temporal()), rtol=0, atol=0)
 
 
+def test_a_base_is_needed():
+    with pytest.raises(ValueError, match="known=false"):
+        peft.inject(RDTF(PRESETS["tiny"]), "simda")
+
+
 # ---- what is trained
 BEFORE_ZEROS = tuple(f"{name}.{kind}" for kind in ("weight", "bias")
                      for name in ("attention.0", "feed_forward.0", "resnet.down", "resnet.conv"))

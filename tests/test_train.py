@@ -3,6 +3,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -78,6 +80,11 @@ def test_log_lines(tiny_dfgn, tiny_vae):
         assert min(line["tasks"].values()) <= line["loss"] + 1e-4 <= max(line["tasks"].values()) + 2e-4
     assert [line["save_s"] > 0 for line in lines] == [False, False, True, False]                 # after step 4
     assert [line["step"] for line in log_of(tiny_vae)] == [2, 4]
+
+
+def test_seconds_of_the_log_are_those_of_all_ranks(monkeypatch):
+    monkeypatch.setattr(loop, "gather", lambda mine, world: torch.cat([mine * 0 + 2.5] * world))
+    assert loop.Window().rates(torch.device("cpu"), 3)["cpu_s"] == 7.5
 
 
 def test_the_vaes_latents_are_standardised(tiny_vae, stickers16):
@@ -187,6 +194,13 @@ def test_frames_of_a_step_and_learning_rate():
     cosine, constant = (TrainConfig(steps=100, warmup=10, lr=2.0, lr_schedule=s) for s in ("cosine", "constant"))
     assert [train.learning_rate(constant, s) for s in (0, 4, 9, 50, 99)] == pytest.approx([0.2, 1, 2, 2, 2])
     assert train.learning_rate(cosine, 50) == pytest.approx(1) and train.learning_rate(cosine, 99) < 0.001
+
+
+def test_one_task_on_whole_clips(dfgn_argv, tmp_path):
+    """The paper's ablation without dual masks."""
+    run_train(*options(dfgn_argv, steps=2, out=tmp_path / "run", tasks="it2v", frames="full", still_share=0))
+    line, = log_of(tmp_path / "run")
+    assert set(line["tasks"]) == {"it2v"} and line["entropy"] == pytest.approx(7 / 8)
 
 
 # ---- text towers, base
@@ -311,3 +325,10 @@ def test_ranks_that_would_not_find_each_other_are_refused(given, said, dfgn_argv
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):
         run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run"))
+
+
+def test_the_script_ends_with_a_line_and_a_status(tiny_dfgn, dfgn_argv):
+    argv = options(dfgn_argv, steps=7, out=tiny_dfgn, lr=0.5)
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], capture_output=True, text=True)
+    line, = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and line.startswith("error: --lr 0.5") and str(tiny_dfgn) in line

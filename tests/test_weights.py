@@ -177,6 +177,16 @@ def test_every_naming_of_stable_diffusions_vae_gives_the_same_weights(sd_vae, tm
     assert all(torch.equal(vae.state_dict()[k], w.half().float()) for k, w in wanted.items())
 
 
+def test_wrong_weights_of_stable_diffusion_are_named(sd_vae, tmp_path):
+    weights = {k: torch.zeros(()).expand(w.shape) for k, w in sd_vae["compvis"].items()}     # no values are needed
+    weights["encoder.mid.attn_1.q.weight"] = torch.ones(512, 512, 3, 3)
+    weights["decoder.up.4.block.0.norm1.weight"] = torch.ones(1)
+    torch.save(weights, tmp_path / "vae.ckpt")
+    reason = r"unknown 1 .*of another shape 1 .*to_q.weight \(512, 512, 3, 3\) instead of \(512, 512\)"
+    with pytest.raises(UserError, match=f"--vae .*vae.ckpt: .*{reason}"):
+        load_vae(tmp_path / "vae.ckpt")
+
+
 # ---- text towers
 def copied(clip_folder, folder, **text):
     """A copy of the tiny open_clip model with fields of its text tower changed."""
