@@ -119,8 +119,9 @@ class Run:
 
     def cached(self, name, task, test, shape, dtype, batch, make, **more):
         """Rows of the test clips, kept under a hash of all that they depend on."""
-        made_of = dict(self.code, model=self.sha256, task=task, mask=eval_mask(task, test.T, test.T).tolist(),
-                       set=test.set_hash, files=test.files, seed=self.args.seed, **more)
+        made_of = dict(self.code, model=self.sha256, vae=self.sampler.vae_sha256, task=task,
+                       mask=eval_mask(task, test.T, test.T).tolist(), set=test.set_hash, files=test.files,
+                       seed=self.args.seed, **more)
         path = cache_path(self.folder / "eval", name, made_of)
         return rows(path, len(test.files), shape, dtype, batch, make, name)
 
@@ -248,9 +249,10 @@ def measure(run, test):
     settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
     protocol = (f"{args.split} split of {args.data}{groups}, n = {len(test.files)} concepts, seed {args.seed}; "
                 f"{settings}; {test.T} evenly spaced frames, {test.size} px, on white; 95 % intervals")
-    report = dict(model=str(run.model), sha256=run.sha256, step=run.sampler.meta["step"], n=len(test.files),
-                  seed=args.seed, split=args.split, data=args.data, groups=args.groups, set=test.set_hash,
-                  files=test.files, sampler=run.settings, protocol=protocol, tasks=tasks,
+    report = dict(model=str(run.model), sha256=run.sha256, vae_sha256=run.sampler.vae_sha256,
+                  step=run.sampler.meta["step"], n=len(test.files), seed=args.seed, split=args.split,
+                  data=args.data, groups=args.groups, set=test.set_hash, files=test.files,
+                  sampler=run.settings, protocol=protocol, tasks=tasks,
                   metrics=[x.describe(test.T, test.size) for x in test.extractors],
                   vae=distances(test.real, test.features(run.folder / "eval", decoded, DISTANT), args.seed),
                   floor=test.floor, real={k: mean_of(v, args.seed) for k, v in test.scores(test.real, "t2v").items()})
@@ -266,7 +268,8 @@ def evaluate(args):
     write_json(out, report)
     found = (tables.psnr_table(tasks), tables.distance_table(tasks, report["vae"], test.floor),
              tables.score_table(tasks, report["real"]))
-    print(f"{run.model} (SHA-256 {run.sha256[:12]}, step {report['step']}); {report['protocol']}",
+    hashes = f"SHA-256 {run.sha256[:12]}, VAE's {run.sampler.vae_sha256[:12]}"
+    print(f"{run.model} ({hashes}, step {report['step']}); {report['protocol']}",
           "\n".join(report["metrics"]), *filter(None, found), out, sep="\n\n")
     if args.sheet:
         first = [(task, k) for task in made for k in range(min(args.sheet_rows, len(test.files)))]

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lib import peft
 from lib.autoencoder import VAE
 from lib.cpu import Conv3x3, Linear, attend
-from lib.files import UserError
+from lib.files import UserError, file_hash
 from lib.options import apply_changes, check_config, check_value, dataclass_from_dict
 from lib.peft import zero_
 from lib.weights import SD_SCALE, is_own, load_adapter, load_model, load_strict, read_sd_vae
@@ -41,6 +41,7 @@ class VAEConfig:
     groups: int = 16                      # groups of GroupNorm
     shortcut: bool = True                 # linear path beside encoder and decoder, starts as PCA; SD has none
     kl_weight: float = 1e-7
+    latent_noise: float = 0.0             # training: scale of the noise that the decoder learns to see through
 
     @property
     def factor(self):
@@ -622,14 +623,14 @@ def load_vae(path):
     """(VAE in eval mode, metadata) of a model.safetensors of the VAE stage, or of Stable Diffusion's weights.
 
     Those, a VAE or a full checkpoint, are standardised by their scaling factor; metadata["any_size"] is then true.
-    UserError for any other file."""
+    metadata["latents"]: the hash of the file whose encoder it has, by which a DFGN knows it. UserError for others."""
     if not Path(path).is_file() or is_own(path):
-        def build(config):
-            return VAE(Config.from_dict(dict(vae=config["vae"])).vae)
-        return load_model(path, "vae", build, "train one with `python train.py --stage vae`")
+        net, metadata = load_model(path, "vae", lambda config: VAE(Config.from_dict(dict(vae=config["vae"])).vae),
+                                   "train one with `python train.py --stage vae`")
+        return net, {"latents": file_hash(path), **metadata}
     weights, net = read_sd_vae(path), VAE(SD_VAE)
     weights.update(latent_mean=net.latent_mean, latent_std=torch.full_like(net.latent_std, 1 / SD_SCALE))
-    metadata = dict(kind="vae", config=dict(vae=asdict(SD_VAE)), any_size=True)
+    metadata = dict(kind="vae", config=dict(vae=asdict(SD_VAE)), any_size=True, latents=file_hash(path))
     return load_strict(net, weights, "--vae", path), metadata
 
 

@@ -100,10 +100,11 @@ class Sampler:
         vae = vae or find_file(model, self.meta["vae_file"])
         if not vae:
             raise UserError(f"{model}: its VAE, {self.meta['vae_file']}, is not there; name it with --vae")
-        decoder, _ = load_vae(vae)
-        if file_hash(vae) != self.meta["vae"]:
+        decoder, found = load_vae(vae)
+        if found["latents"] != self.meta["vae"]:
             raise UserError(f"--vae {vae}: not the VAE that {model} was trained with")
         self.net, self.vae, self.config = net.to(self.device), decoder.to(self.device), net.config
+        self.vae_sha256 = file_hash(vae)
         tower = tower_for(model, self.meta, clip_weights, net.config.text.width)
         self.tower = tower.to(self.device) if tower else None
         self.T, self.size = net.config.frames, net.config.vae.size

@@ -34,7 +34,7 @@ import data
 from curriculum import MODES, Curriculum
 from data import TASKS, rng_for
 from lib import loop, peft
-from lib.autoencoder import measure_latents, vae_psnr
+from lib.autoencoder import measure_latents, report_psnr
 from lib.checkpoints import append, check_equal, check_same_config, lock_run, states, write_config
 from lib.distributed import gather, on_all_ranks, setup
 from lib.files import UserError, file_hash, first_line, run_cli
@@ -62,7 +62,8 @@ class TrainConfig:
     preset: str = "mini"                  # tiny, mini, paper
     set: list = field(default_factory=list)  # fields of the preset to change, as part.field=value
     vae: str = "runs/vae/model.safetensors"  # VAE of the dfgn stage: of the vae stage, or Stable Diffusion's weights
-    base: str = ""                        # dfgn: model.safetensors of this preset and VAE to start from; none: random
+    base: str = ""                        # model.safetensors of this preset and VAE to start from; of the vae stage:
+                                          # whose decoder alone is tuned (with vae.latent_noise); none: random
     method: str = "rdtf"                  # rdtf (all is trained), or what tunes --base: see lib/peft.py
     rank: int = 16                        # of LoRA
     absorber: str = ""                    # customize_a_video: model.safetensors of --method appearance_lora
@@ -118,13 +119,21 @@ class VAEStage:
             raise UserError(f"--data {where}: no sticker (of --groups, if named) is in its train split; splits "
                             "are drawn by concept, so prepare more captions")
         self.inputs = dict(data=self.stickers.meta["hash"])  # a resumed run must have the same
+        self.base, self.facts = None, {}
+        if config.base and config.stage == "vae":
+            vae, meta = load_like("--base", config.base, self.preset.vae)
+            self.base, self.facts = vae.state_dict(), dict(latents=meta["latents"])
+            self.inputs["base"] = file_hash(config.base)
 
     def prepare(self):
         """Nothing slow here."""
 
     def network(self, fresh):
         self.net = VAE(self.preset.vae)
-        if fresh and self.preset.vae.shortcut:
+        if self.base:                         # the encoder stays, and so do the latents that a DFGN is trained on
+            self.net.load_state_dict(self.base)
+            self.net.freeze_encoder()
+        elif fresh and self.preset.vae.shortcut:
             images = [draw_image(self.stickers, self.config.seed, 0, n)[0] for n in range(256)]
             self.net.start_shortcut(self.net.images(torch.stack(images)))
         return self.net.to(self.device)
@@ -136,28 +145,21 @@ class VAEStage:
             share = [n for _, n, *_ in keys]
             images, background, index = zip(*(draw_image(self.stickers, c.seed, step, n) for n in share))
             shape = (v.latent_channels, v.side, v.side)
-            noise = [rng_for(c.seed, step, n, 2).standard_normal(shape, np.float32) for n in share]
-            batch = dict(x=self.net.images(torch.stack(images)), background=torch.stack(background),
-                         noise=torch.from_numpy(np.stack(noise)))
+            rngs = [rng_for(c.seed, step, n, 2) for n in share]
+            noise = torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
+            std = torch.tensor([abs(rng.standard_normal()) * v.latent_noise for rng in rngs])[:, None, None, None]
+            batch = dict(x=self.net.images(torch.stack(images)), background=torch.stack(background), noise=noise,
+                         noise_std=std)
             yield step, batch, torch.tensor([[0, 0, i] for i in index])
 
     def finish(self, weights):
         """(EMA weights with the latents' statistics, metadata); prints the held-out PSNR."""
-        vae, rng, numbers = VAE(self.preset.vae).to(self.device).eval(), rng_for(self.config.seed, 0, 0, 9), []
+        vae = VAE(self.preset.vae).to(self.device).eval()
         vae.load_state_dict(weights)
-        for _ in range(64):                   # 2048 random frames of the training split
-            records = [self.stickers.records[i] for i in rng.integers(len(self.stickers), size=32)]
-            numbers += [r["first"] + int(rng.integers(r["n"])) for r in records]
-        measure_latents(vae, self.stickers.frames, numbers)
-        held_out = data.StickerSet(self.config.data, "test", self.config.groups or None).records[:256]
-        numbers = [f for r in held_out for f in sorted({r["first"], r["first"] + r["n"] // 2})]
-        psnr = vae_psnr(vae, self.stickers.frames, numbers[:256])
-        if not len(psnr):
-            print("VAE: no sticker is held out, so nothing is measured")
-            return vae.state_dict(), {}
-        error = 1.96 * psnr.std() / len(psnr) ** 0.5
-        print(f"VAE: held-out PSNR on white {psnr.mean():.2f} dB (n = {len(psnr)}, 95 % +- {error:.2f})")
-        return vae.state_dict(), dict(psnr=float(psnr.mean()))
+        if not self.base:
+            measure_latents(vae, self.stickers, rng_for(self.config.seed, 0, 0, 9))
+        held_out = data.StickerSet(self.config.data, "test", self.config.groups or None)
+        return vae.state_dict(), self.facts | report_psnr(vae, held_out)
 
 
 def draw_image(stickers, seed, step, n):
@@ -181,10 +183,8 @@ class DFGNStage(VAEStage):
         if config.clip_weights:
             self.tower = name_tower(config.clip_weights, config.clip_model, self.preset.text.width)
             self.inputs["clip_weights"] = self.tower["hash"]
-        self.vae, meta = load_vae(config.vae)
-        free = ("size", "kl_weight") if meta.get("any_size") else ()  # Stable Diffusion's
-        check_equal(f"--vae {config.vae}", self.vae.config, self.preset.vae, free)
-        self.inputs["vae"] = file_hash(config.vae)
+        self.vae, meta = load_like("--vae", config.vae, self.preset.vae)
+        self.inputs["vae"] = meta["latents"]
         if config.base:
             self.base = load_base(config.base, self.preset, self.inputs)
             self.inputs["base"] = file_hash(config.base)
@@ -268,6 +268,14 @@ class DFGNStage(VAEStage):
 
 
 STAGES = {"vae": VAEStage, "dfgn": DFGNStage}
+
+
+def load_like(option, path, wanted):
+    """(VAE, metadata) of a file, which must be of the wanted VAEConfig but in what only its training reads."""
+    vae, meta = load_vae(path)
+    free = ("kl_weight", "latent_noise", *(("size",) if meta.get("any_size") else ()))  # size: Stable Diffusion's
+    check_equal(f"{option} {path}", vae.config, wanted, free)
+    return vae, meta
 
 
 def load_base(path, config, inputs):

@@ -164,6 +164,11 @@ class VAE(nn.Module):
         x = F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.config.patch)
         return x + self.shortcut_out(z) if self.config.shortcut else x
 
+    def freeze_encoder(self):
+        """Keep what makes latents of images as it is; what makes images of latents still learns."""
+        for part in (self.encoder, self.quant_conv, *([self.shortcut_in] if self.config.shortcut else [])):
+            part.requires_grad_(False)
+
     def standardise(self, z):
         return (z - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
 
@@ -175,13 +180,15 @@ class VAE(nn.Module):
         """Standardised latents (N, c, h, w) -> images (N, C, H, W), not clamped."""
         return self.reconstruct(z * self.latent_std[:, None, None] + self.latent_mean[:, None, None])
 
-    def forward(self, x, background, noise):
+    def forward(self, x, background, noise, noise_std=0.0):
         """Loss of each image (N,): squared and absolute error on a solid colour, absolute error of alpha, KL.
 
-        x (N, C, H, W) premultiplied, background (N, 3) in [-1, 1], noise like the latents. On a solid colour, as what
-        lies under alpha 0 must not matter."""
+        x (N, C, H, W) premultiplied, background (N, 3) in [-1, 1], noise like the latents; noise_std (N, 1, 1, 1), in
+        units of latent_std, is added to the posterior's deviation. On a solid colour, as what lies under alpha 0 must
+        not matter."""
         mean, logvar = self.moments(x)
-        y = self.reconstruct(mean + torch.exp(0.5 * logvar) * noise).float()
+        std = torch.exp(0.5 * logvar) + noise_std * self.latent_std[:, None, None]
+        y = self.reconstruct(mean + std * noise).float()
         error = compose(y, background) - compose(x, background)
         kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).float()
         loss = (error ** 2 + 0.1 * error.abs()).mean((1, 2, 3)) + self.config.kl_weight * kl
@@ -201,21 +208,33 @@ class VAE(nn.Module):
 
 
 @torch.no_grad()
-def measure_latents(vae, frames, numbers, batch=32):
-    """Set the VAE's latent_mean and latent_std from frames (n, S, S, 4) uint8, those of the numbers."""
-    parts = [vae.moments(vae.images(to_tensor(frames[numbers[i:i + batch]])))[0] for i in range(0, len(numbers), batch)]
+def measure_latents(vae, stickers, rng, batches=64):
+    """Set the VAE's latent_mean and latent_std from random frames of a data.StickerSet, 32 a batch."""
+    parts = []
+    for _ in range(batches):
+        records = [stickers.records[i] for i in rng.integers(len(stickers), size=32)]
+        numbers = [r["first"] + int(rng.integers(r["n"])) for r in records]
+        parts.append(vae.moments(vae.images(to_tensor(stickers.frames[numbers])))[0])
     z = torch.cat(parts).transpose(0, 1).flatten(1).double()  # (c, N*h*w)
     vae.latent_mean.copy_(z.mean(1))
     vae.latent_std.copy_((z - z.mean(1, keepdim=True)).square().mean().sqrt())  # one number for all channels
 
 
 @torch.no_grad()
-def vae_psnr(vae, frames, numbers, batch=32):
-    """PSNR in dB, on white, through the mean latents, of frames (n, S, S, 4) uint8: one of each of the numbers."""
+def report_psnr(vae, stickers, n=256, batch=32):
+    """Print the mean PSNR, on white, through the mean latents, of first and middle frames of a data.StickerSet.
+
+    -> dict(psnr=dB), empty for an empty set."""
+    numbers = [f for r in stickers.records[:n] for f in sorted({r["first"], r["first"] + r["n"] // 2})][:n]
     white, values = torch.ones(1, 3, device=vae.latent_mean.device), []
     for i in range(0, len(numbers), batch):
-        x = vae.images(to_tensor(frames[numbers[i:i + batch]]))
+        x = vae.images(to_tensor(stickers.frames[numbers[i:i + batch]]))
         y = vae.decode(vae.encode(x)).clamp(-1, 1)
         mse = (((compose(x, white) - compose(y, white)) / 2) ** 2).mean((1, 2, 3))
         values += (-10 * torch.log10(mse.clamp_min(1e-10))).tolist()
-    return np.array(values)
+    if not values:
+        print("VAE: no sticker is held out, so nothing is measured")
+        return {}
+    error = 1.96 * np.std(values) / len(values) ** 0.5
+    print(f"VAE: held-out PSNR on white {np.mean(values):.2f} dB (n = {len(values)}, 95 % +- {error:.2f})")
+    return dict(psnr=float(np.mean(values)))

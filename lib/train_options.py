@@ -25,7 +25,7 @@ def check_options(c, **words):
     check_most(c, seed=2 ** 32)
     if bool(c.sample_every) != bool(c.prompts):
         raise UserError("--sample-every and --prompts: give both, steps and a file of captions, or neither")
-    for name in ("checkpointing", "clip_weights", "base", "prompts"):
+    for name in ("checkpointing", "clip_weights", "prompts"):
         if getattr(c, name) and c.stage == "vae":
             raise UserError(f"{flag(name)}: for the dfgn stage alone; leave it out")
 

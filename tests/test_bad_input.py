@@ -35,7 +35,7 @@ def places(stickers16, tiny_vae, tiny_dfgn, tmp_path_factory):
     write_animation(root / "good.webp", np.full((3, 16, 16, 4), 200, np.uint8), [100] * 3)
     torch.save(dict(a=SimpleNamespace()), root / "code.bin")
     net, meta = load_vae(root / "vae/model.safetensors")
-    save_model(root / "other.safetensors", net.state_dict(), **dict(meta, step=9))
+    save_model(root / "other.safetensors", net.state_dict(), **dict(meta, step=9, latents="other"))
     return root
 
 
@@ -73,7 +73,8 @@ CASES = [                                        # (command, input, message)
     (TRAIN, "--text-drop 1.5", "--text-drop 1.5: a share is 0 to 1"),
     (TRAIN, "--batch 3 --accumulate 2", "--batch 3: not a multiple of the 1 processes times --accumulate 2"),
     (TRAIN, "--stage vae --checkpointing", "--checkpointing: for the dfgn stage alone"),
-    (TRAIN, "--stage vae --base x", "--base: for the dfgn stage alone"),
+    (TRAIN, "--stage vae --base x", "x: no such model; train one with"),
+    (TRAIN, "--stage vae --base {r}/vae/model.safetensors --set vae.layers=2", "--base .*: trained with layers 1, the"),
     (TRAIN, "--clip-weights {r}/text.bin", "--clip-weights .*text.bin: .*it is small"),
     (TRAIN, "--set text.kind=open_clip", "--clip-weights : .*it is open_clip"),
     (TRAIN, "--preset mini", "--data .*set: 16 px, preset mini wants 64"),

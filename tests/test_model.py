@@ -117,12 +117,19 @@ def test_the_loss_of_the_vae_by_hand():
     vae = randomise(VAE(replace(TINY_VAE, kl_weight=0.01)))
     x, noise, black, white = normal(2, 4, 16, 16).tanh(), normal(2, 16, 2, 2), -torch.ones(2, 3), torch.ones(2, 3)
     mean, logvar = vae.moments(x)
-    y = vae.reconstruct(mean + (0.5 * logvar).exp() * noise)
     kl = torch.distributions.kl_divergence(torch.distributions.Normal(mean, (0.5 * logvar).exp()),
                                            torch.distributions.Normal(0, 1)).sum((1, 2, 3))
-    error, alpha = y[:, :3] - x[:, :3], (y[:, 3] - x[:, 3]).abs().mean((1, 2))   # premultiplied: as it is on black
-    want = (error ** 2 + 0.1 * error.abs()).mean((1, 2, 3)) + 0.01 * kl + 0.1 * alpha
+
+    def by_hand(further):
+        y = vae.reconstruct(mean + ((0.5 * logvar).exp() + further) * noise)
+        error, alpha = y[:, :3] - x[:, :3], (y[:, 3] - x[:, 3]).abs().mean((1, 2))   # premultiplied: as on black
+        return (error ** 2 + 0.1 * error.abs()).mean((1, 2, 3)) + 0.01 * kl + 0.1 * alpha
+    want = by_hand(0)
     assert torch.allclose(vae(x, black, noise), want, rtol=1e-5)
+    vae.latent_std.fill_(2.5)
+    further = torch.tensor([0.4, 0])[:, None, None, None]
+    assert torch.allclose(vae(x, black, noise, further), by_hand(2.5 * further), rtol=1e-5)
+    assert abs(by_hand(2.5 * further) - want)[0] > 1e-4
     assert (vae(x, white, noise) - want).abs().min() > 1e-4
     clear = torch.full((1, 4, 4, 4), -1.0)
     assert torch.equal(compose(clear, white[:1]), torch.ones(1, 3, 4, 4))

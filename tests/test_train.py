@@ -22,6 +22,7 @@ from lib.files import UserError, file_hash
 from lib.media import to_tensor, write_animation
 from lib.towers import load_tower
 from model import PRESETS, RDTF, Config, load_rdtf, load_vae, preset
+from sample import Sampler
 from train import TrainConfig
 
 SCRIPT = Path(train.__file__)
@@ -255,6 +256,38 @@ def test_a_run_starts_from_anothers_weights(dfgn_argv, tiny_dfgn, tmp_path):
     assert read_config(run)["inputs"]["base"] == file_hash(base)
     with pytest.raises(UserError, match=f"--base {base}: trained with another VAE"):
         train.load_base(base, PRESETS["tiny"], dict(vae="another"))
+
+
+def test_a_tuned_decoder_keeps_the_latents(vae_argv, dfgn_argv, tiny_vae, tiny_dfgn, stickers16, tmp_path):
+    """--stage vae --base: the decoder learns under noise; encoder, statistics and the DFGNs that know them stay."""
+    base, run, caches = tiny_vae / "model.safetensors", tmp_path / "vae", set(stickers16.glob("latents-*"))
+    run_train(*options([*vae_argv, "--set", "vae.latent_noise=0.5"], steps=2, base=base, out=run))
+    (before, meta), (after, tuned) = load_vae(base), load_vae(run / "model.safetensors")
+    changed = {name for (name, w), v in zip(before.state_dict().items(), after.state_dict().values())
+               if not torch.equal(w, v)}
+    assert changed and {name.partition(".")[0] for name in changed} == {"decoder", "post_quant_conv", "shortcut_out"}
+    assert tuned["latents"] == meta["latents"] == file_hash(base) and 5 < tuned["psnr"] < 60
+    net = tiny_dfgn / "model.safetensors"
+    clips = [Sampler(net, path).sample(["star"], [(0, 0)], steps=2) for path in (base, run / "model.safetensors")]
+    assert (clips[0] != clips[1]).any()
+    again, dfgn = tmp_path / "again", tmp_path / "dfgn"                 # a tuned one tuned, a DFGN on it
+    run_train(*options(vae_argv, steps=1, base=run / "model.safetensors", out=again))
+    run_train(*options(dfgn_argv, steps=1, vae=again / "model.safetensors", base=net, out=dfgn))
+    assert load_rdtf(dfgn / "model.safetensors")[1]["vae"] == file_hash(base)
+    assert set(stickers16.glob("latents-*")) <= caches
+
+
+def test_the_decoders_noise_is_half_normal(vae_argv, tmp_path):
+    c = TrainConfig(stage="vae", preset="tiny", data=[str(vae_argv[vae_argv.index("--data") + 1])], batch=400, steps=1)
+    scales = []
+    for fields in ([], ["vae.latent_noise=0.5"]):
+        stage = train.VAEStage(replace(c, set=fields), 0, 1, torch.device("cpu"))
+        stage.network(fresh=False)
+        (_, batch, _), = stage.batches(0)
+        scales.append(batch["noise_std"])
+        assert batch["noise_std"].shape == (400, 1, 1, 1) and batch["noise"].std().item() == pytest.approx(1, abs=0.02)
+    assert not scales[0].any() and scales[1].min() >= 0
+    assert scales[1].mean().item() == pytest.approx(0.5 * (2 / np.pi) ** 0.5, abs=0.04)
 
 
 # ---- going on with other options, what is refused (more is in test_bad_input.py)
