@@ -5,6 +5,7 @@
     torchrun --nproc_per_node=2 train.py ...                      # CPU (gloo) or CUDA (nccl)
     python train.py --set dfgn.temporal=conv3d --out runs/conv3d  # any field of model.Config
     python train.py --base other.safetensors --out runs/tuned     # start from another run of this preset and VAE
+    python train.py --stage vae --base vae.safetensors --set vae.latent_noise=0.2 --out runs/decoder  # decoder alone
     python train.py --preset base --method simda --base base.safetensors --out runs/simda  # a compared method
     torchrun --nproc_per_node=8 train.py --preset paper --data data/vsd2m --vae sd-vae.safetensors \\
         --clip-weights open_clip_pytorch_model.bin
@@ -62,8 +63,7 @@ class TrainConfig:
     preset: str = "mini"                  # tiny, mini, paper
     set: list = field(default_factory=list)  # fields of the preset to change, as part.field=value
     vae: str = "runs/vae/model.safetensors"  # VAE of the dfgn stage: of the vae stage, or Stable Diffusion's weights
-    base: str = ""                        # model.safetensors of this preset and VAE to start from; of the vae stage:
-                                          # whose decoder alone is tuned (with vae.latent_noise); none: random
+    base: str = ""                        # weights to start from, of this preset and VAE; vae stage: tunes the decoder
     method: str = "rdtf"                  # rdtf (all is trained), or what tunes --base: see lib/peft.py
     rank: int = 16                        # of LoRA
     absorber: str = ""                    # customize_a_video: model.safetensors of --method appearance_lora
