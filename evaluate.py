@@ -114,14 +114,14 @@ class Run:
         self.args = args
         args.data = args.data or trained.get("data", ["data/fluent"])[0]
         self.sampler = Sampler(self.model, args.vae, clip_weights=args.clip_weights)
-        self.sha256, self.code = file_hash(self.model), {name: file_hash(ROOT / name) for name in SAMPLING_CODE}
+        self.sha256, self.vae_sha256 = file_hash(self.model), file_hash(self.sampler.vae_file)
+        self.code = {name: file_hash(ROOT / name) for name in SAMPLING_CODE}
         self.settings = self.sampler.settings(**{name: getattr(args, name) for name in DEFAULTS})
 
     def cached(self, name, task, test, shape, dtype, batch, make, **more):
         """Rows of the test clips, kept under a hash of all that they depend on."""
-        made_of = dict(self.code, model=self.sha256, vae=self.sampler.vae_sha256, task=task,
-                       mask=eval_mask(task, test.T, test.T).tolist(), set=test.set_hash, files=test.files,
-                       seed=self.args.seed, **more)
+        made_of = dict(self.code, model=self.sha256, task=task, mask=eval_mask(task, test.T, test.T).tolist(),
+                       set=test.set_hash, files=test.files, seed=self.args.seed, **more)
         path = cache_path(self.folder / "eval", name, made_of)
         return rows(path, len(test.files), shape, dtype, batch, make, name)
 
@@ -133,7 +133,8 @@ class Run:
             real, seeds = test.clips[part], [(self.args.seed, k) for k in range(part.start, part.stop)]
             given = dict(frames=real, cond_mask=np.stack([mask] * len(real))) if mask.any() else {}
             return self.sampler.sample(prompts[part], seeds, **given, **self.settings)
-        return self.cached(task, task, test, test.clips.shape[1:], np.uint8, self.args.batch, make, **self.settings)
+        return self.cached(task, task, test, test.clips.shape[1:], np.uint8, self.args.batch, make,
+                           vae=self.vae_sha256, **self.settings)
 
     def loss(self, task, test):
         """(N,) denoising loss of a task's unknown frames."""
@@ -249,7 +250,7 @@ def measure(run, test):
     settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
     protocol = (f"{args.split} split of {args.data}{groups}, n = {len(test.files)} concepts, seed {args.seed}; "
                 f"{settings}; {test.T} evenly spaced frames, {test.size} px, on white; 95 % intervals")
-    report = dict(model=str(run.model), sha256=run.sha256, vae_sha256=run.sampler.vae_sha256,
+    report = dict(model=str(run.model), sha256=run.sha256, vae_sha256=run.vae_sha256,
                   step=run.sampler.meta["step"], n=len(test.files), seed=args.seed, split=args.split,
                   data=args.data, groups=args.groups, set=test.set_hash, files=test.files,
                   sampler=run.settings, protocol=protocol, tasks=tasks,
@@ -268,7 +269,7 @@ def evaluate(args):
     write_json(out, report)
     found = (tables.psnr_table(tasks), tables.distance_table(tasks, report["vae"], test.floor),
              tables.score_table(tasks, report["real"]))
-    hashes = f"SHA-256 {run.sha256[:12]}, VAE's {run.sampler.vae_sha256[:12]}"
+    hashes = f"SHA-256 {run.sha256[:12]}, VAE's {run.vae_sha256[:12]}"
     print(f"{run.model} ({hashes}, step {report['step']}); {report['protocol']}",
           "\n".join(report["metrics"]), *filter(None, found), out, sep="\n\n")
     if args.sheet:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from data import TASKS, tokenize
 from lib import media
 from lib.cpu import keep_memory
-from lib.files import UserError, file_hash, run_cli
+from lib.files import UserError, run_cli
 from lib.options import check_least, flag
 from lib.towers import tower_for
 from lib.weights import find_file
@@ -104,7 +104,7 @@ class Sampler:
         if found["latents"] != self.meta["vae"]:
             raise UserError(f"--vae {vae}: not the VAE that {model} was trained with")
         self.net, self.vae, self.config = net.to(self.device), decoder.to(self.device), net.config
-        self.vae_sha256 = file_hash(vae)
+        self.vae_file = vae
         tower = tower_for(model, self.meta, clip_weights, net.config.text.width)
         self.tower = tower.to(self.device) if tower else None
         self.T, self.size = net.config.frames, net.config.vae.size

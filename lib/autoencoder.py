@@ -208,10 +208,10 @@ class VAE(nn.Module):
 
 
 @torch.no_grad()
-def measure_latents(vae, stickers, rng, batches=64):
-    """Set the VAE's latent_mean and latent_std from random frames of a data.StickerSet, 32 a batch."""
+def measure_latents(vae, stickers, rng):
+    """Set the VAE's latent_mean and latent_std from 2,048 random frames of a data.StickerSet."""
     parts = []
-    for _ in range(batches):
+    for _ in range(64):
         records = [stickers.records[i] for i in rng.integers(len(stickers), size=32)]
         numbers = [r["first"] + int(rng.integers(r["n"])) for r in records]
         parts.append(vae.moments(vae.images(to_tensor(stickers.frames[numbers])))[0])

@@ -132,7 +132,7 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
     run = evaluate.Run(world[1], args := evaluate.parse(command(world)))
     test = evaluate.EvalSet(args)
     run.clips("t2v", test)
-    run.sampler.vae_sha256 = "another decoder"
+    run.vae_sha256 = "another decoder"
     with pytest.raises(pytest.fail.Exception, match="sampled again"):
         run.clips("t2v", test)
 

@@ -277,7 +277,7 @@ def test_a_tuned_decoder_keeps_the_latents(vae_argv, dfgn_argv, tiny_vae, tiny_d
     assert set(stickers16.glob("latents-*")) <= caches
 
 
-def test_the_decoders_noise_is_half_normal(vae_argv, tmp_path):
+def test_the_decoders_noise_is_half_normal(vae_argv):
     c = TrainConfig(stage="vae", preset="tiny", data=[str(vae_argv[vae_argv.index("--data") + 1])], batch=400, steps=1)
     scales = []
     for fields in ([], ["vae.latent_noise=0.5"]):
