@@ -8,7 +8,6 @@ from PIL import Image
 import curriculum
 from curriculum import Curriculum, simulate
 from data import TASKS, unknown_share
-from lib.files import UserError
 
 
 def feed(c, values):
@@ -35,7 +34,7 @@ def test_weights_by_hand():
             assert np.allclose(adaptive.probabilities(step), (static + added) / (static + added).sum())
 
 
-def test_entropy_is_the_expected_share_of_unknown_frames_and_rises():
+def test_entropy_is_the_expected_share_of_unknown_frames_and_rises(tmp_path, monkeypatch):
     """Without a fall of more than 5 % of its range under the adaptive curriculum (the paper's Fig. 4)."""
     c = Curriculum("linear", 100)
     entropy = [c.entropy(step) for step in range(101)]
@@ -44,16 +43,18 @@ def test_entropy_is_the_expected_share_of_unknown_frames_and_rises():
     probabilities, entropy = simulate("adaptive")
     assert probabilities.shape == (2000, len(TASKS)) and np.allclose(probabilities.sum(1), 1)
     assert (np.maximum.accumulate(entropy) - entropy).max() < 0.05 * np.ptp(entropy) and np.ptp(entropy) > 0.2
+    monkeypatch.setattr(curriculum, "simulate", lambda mode: simulate(mode, 60))
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(dict(step=step, entropy=0.5)) + "\n" for step in (10, 20)))
+    curriculum.main(["--plot", str(tmp_path / "plot.png"), "--log", str(log)])
+    assert Image.open(tmp_path / "plot.png").width > 800
 
 
-def test_the_pid_score_by_hand():
+def test_the_pid_score_by_hand_and_r_as_the_smoothed_share_of_earlier_scores_above():
     c = Curriculum("adaptive", 100)
     feed(c, [1.0, 0.8, 1.2])
     want = [5 * 1.0 + 3 * 1.0 + 1.3 * 0.0, 5 * 0.8 + 3 * 0.9 + 1.3 * -0.2, 5 * 1.2 + 3 * 1.0 + 1.3 * 0.4]
     assert list(c.losses) == [1.0, 0.8, 1.2] and list(c.scores) == pytest.approx(want)
-
-
-def test_r_is_the_smoothed_share_of_earlier_scores_above():
     c = Curriculum("adaptive", 100, smooth=1)
     feed(c, np.linspace(2, 1, 10))
     assert c.r == 0                                                       # too few scores
@@ -62,6 +63,8 @@ def test_r_is_the_smoothed_share_of_earlier_scores_above():
     assert c.r == pytest.approx(np.mean(np.array(before) > last)) and 0 < c.r < 1
     feed(c, np.linspace(1, 2.5, 100))
     assert c.r < 0.05                                                     # the loss rises
+    feed(c, [*np.linspace(2, 1, 100), *np.ones(300)])
+    assert c.r > 0.75                                                     # a plateau behind a fall is not worse
     smooth = Curriculum("adaptive", 1000)
     for value in np.linspace(2, 1, 200):
         before = smooth.r
@@ -84,15 +87,6 @@ def test_losses_are_divided_by_the_mean_of_the_first_hundred_of_their_task_and_d
     assert normalised(9.0, tasks=[1], deciles=[3]) == [9 / 7.5]
 
 
-@pytest.mark.parametrize("noise, low, high", [(0.0, 0.9, 1.0), (0.3, 0.4, 0.6)])
-def test_a_plateau_after_a_fall_does_not_count_as_getting_worse(noise, low, high):
-    """A trained network is not sent back to easy tasks: of equal losses most earlier ones were higher."""
-    rng, c = np.random.default_rng(0), Curriculum("adaptive", 100, smooth=1 if noise == 0 else 100)
-    for loss in [*np.linspace(2, 1, 100), *np.ones(300 if noise == 0 else 3000)]:
-        c.observe([loss * (1 + noise * rng.uniform(-1, 1))], [0], [0])
-    assert low <= c.r <= high
-
-
 def test_a_state_through_json_goes_on_identically():
     rng, (whole, first, second) = np.random.default_rng(1), (Curriculum("adaptive", 60) for _ in range(3))
     steps = [(rng.gamma(4, 0.25, 8), rng.integers(0, 6, 8), rng.integers(0, 10, 8)) for _ in range(60)]
@@ -104,14 +98,3 @@ def test_a_state_through_json_goes_on_identically():
             c.observe(*step)
     assert second.state_dict() == whole.state_dict() and second.r == whole.r > 0
     assert second.losses.maxlen == second.scores.maxlen == 1000
-
-
-def test_the_plot(tmp_path, monkeypatch):
-    monkeypatch.setattr(curriculum, "simulate", lambda mode: simulate(mode, 60))
-    plot, log = tmp_path / "plot.png", tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps(dict(step=step, entropy=0.5)) + "\n" for step in (10, 20)))
-    curriculum.main(["--plot", str(plot), "--log", str(log)])
-    with Image.open(plot) as image:
-        assert image.format == "PNG" and image.width > 800
-    with pytest.raises(UserError, match="--curriculum fast.*none, linear, adaptive"):
-        Curriculum("fast")

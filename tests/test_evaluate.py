@@ -140,12 +140,11 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
 def test_a_model_file_alone_is_measured(world, tmp_path, monkeypatch):
     """As those of checkpoints/: its numbers come to out/, and nothing is written beside it."""
     monkeypatch.chdir(tmp_path)
-    shared = world[1] / "model.safetensors"
     before = sorted(world[1].iterdir())
-    evaluate.main(command((world[0], shared), "--tasks", "t2v", "--out", "one.json"))
+    evaluate.main(command((world[0], world[1] / "model.safetensors"), "--tasks", "t2v", "--out", "one.json"))
     assert (tmp_path / "out/model/eval").is_dir() and sorted(world[1].iterdir()) == before
-    evaluate.main(command(world, "--tasks", "t2v", "--out", tmp_path / "two.json"))
-    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    evaluate.main(command(world, "--tasks", "t2v", "--out", "two.json"))
+    one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
     assert {**one, "model": ""} == {**two, "model": ""}
 
 
@@ -153,10 +152,9 @@ def test_killed_evaluation_goes_on_and_the_batch_changes_no_clip(world, monkeypa
     made, sample = [], evaluate.Sampler.sample
 
     def killed(self, prompts, seeds, **more):
-        if len(made) == 2:
-            made.append("killed")
-            raise KeyboardInterrupt
         made.append(seeds)
+        if len(made) == 3:
+            raise KeyboardInterrupt
         return sample(self, prompts, seeds, **more)
     monkeypatch.setattr(evaluate.Sampler, "sample", killed)
     args = evaluate.parse(command(world, "--seed", "9", "--batch", "2"))
@@ -164,7 +162,7 @@ def test_killed_evaluation_goes_on_and_the_batch_changes_no_clip(world, monkeypa
     with pytest.raises(KeyboardInterrupt):
         run.clips("it2v", test)
     clips = np.array(run.clips("it2v", test))
-    assert made == [[(9, 0), (9, 1)], [(9, 2), (9, 3)], "killed", [(9, 4), (9, 5)]]
+    assert made == [[(9, 0), (9, 1)], [(9, 2), (9, 3)], *[[(9, 4), (9, 5)]] * 2]
     assert (clips[:, 0] == test.clips[:, 0]).all()
     for path in (world[1] / "eval").glob("it2v-*"):
         path.unlink()
@@ -233,11 +231,8 @@ def test_table_of_named_rows_averages_seeds(world, tmp_path, capsys):
     assert all(abs(d["value"]) < 1e-9 for d in difference.values()) and "| RDTF w/o CL - RDTF w/ DCL | 0.000 [" in text
     with pytest.raises(UserError, match=r"--rows DFGN=nowhere-\*: no run folder matches"):
         evaluate.main(command(world, "--table", "3", "--rows", "DFGN=nowhere-*"))
-
-
-def test_interval_over_seeds_is_students():
     assert tables.over_seeds([2.0]) == dict(value=2.0, interval=None)
-    low, high = tables.over_seeds([1.0, 2.0, 3.0])["interval"]      # t(0.975, 2) = 4.303
+    low, high = tables.over_seeds([1.0, 2.0, 3.0])["interval"]      # Student's: t(0.975, 2) = 4.303
     assert (low, high) == pytest.approx((2 - 4.303 / 3 ** 0.5, 2 + 4.303 / 3 ** 0.5), abs=1e-3)
 
 

@@ -27,30 +27,23 @@ def start(code, *argv):
 BARE = """
 import importlib, os, pathlib, signal, sys
 import matplotlib.pyplot, open_clip, scipy.stats, torch.distributed, torchvision   # they may have it
-names = [path.stem for path in pathlib.Path().glob("*.py")]
-names += [f"{path.parent}.{path.stem}" for folder in ("lib", "tools") for path in pathlib.Path(folder).glob("*.py")]
 for missing in "fcntl", "resource", "pwd", "grp", "termios", "pty":
     sys.modules[missing] = None
 for owner, gone in ((os, "posix_fadvise fork getuid nice sched_getaffinity mkfifo"), (signal, "SIGKILL SIGHUP pause")):
-    for name in gone.split():
-        if hasattr(owner, name):
-            delattr(owner, name)
+    [delattr(owner, name) for name in gone.split() if hasattr(owner, name)]
 sys.platform = "win32"
-for name in sorted(names):
-    importlib.import_module(name)
+for path in (*pathlib.Path().glob("*.py"), *pathlib.Path("lib").glob("*.py"), *pathlib.Path("tools").glob("*.py")):
+    importlib.import_module(".".join(path.with_suffix("").parts))
 from lib.cpu import keep_memory, peak_memory
 keep_memory()
-print(len(names), peak_memory())
+print(len(sys.modules), peak_memory())
 """
 
 
 def test_every_script_is_imported_where_posix_is_missing():
     """Windows has none of these names, macOS not all of them."""
-    process = start(BARE)
-    said, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    count, memory = map(int, said.split())
-    assert count > 35 and memory == 0
+    said, errors = start(BARE).communicate(timeout=300)
+    assert said.endswith(" 0\n"), errors
 
 
 def test_rows_are_made_once_and_of_the_right_number_and_shape(tmp_path):
@@ -69,22 +62,21 @@ def test_rows_are_made_once_and_of_the_right_number_and_shape(tmp_path):
     assert not (tmp_path / "wrong").exists()
 
 
-@pytest.mark.parametrize("torn", [0, 3])
-def test_rows_go_on_behind_what_a_killed_process_wrote(tmp_path, torn):
-    """The third slice is not made; of the second the last row is missing where the write was torn."""
+def test_rows_go_on_behind_what_a_killed_process_wrote(tmp_path):
+    """The third slice is not made; of the second the last row is missing, where the write was torn."""
     code = """if True:
         import os, sys, numpy as np
         from lib.files import rows
         def make(part):
             if part.start == 8:
-                os.truncate(sys.argv[1] + ".part", 64 - int(sys.argv[2]))
+                os.truncate(sys.argv[1] + ".part", 61)
                 os.kill(os.getpid(), 9)
             return np.arange(20, dtype=np.float32).reshape(10, 2)[part]
         rows(sys.argv[1], 10, (2,), np.float32, 4, make)"""
-    child, calls = start(code, tmp_path / "rows", torn), []
+    child, calls = start(code, tmp_path / "rows"), []
     assert child.wait(60) == -signal.SIGKILL and not (tmp_path / "rows").exists()
     found = rows(tmp_path / "rows", 10, (2,), np.float32, 4, lambda part: calls.append(part) or EXPECTED[part])
-    assert calls == [slice(4, 8)][:torn] + [slice(8, 10)] and np.array_equal(found, EXPECTED)
+    assert calls == [slice(4, 8), slice(8, 10)] and np.array_equal(found, EXPECTED)
 
 
 def test_a_second_process_waits_for_the_rows_of_the_first(tmp_path):
@@ -123,27 +115,23 @@ def test_a_lock_is_free_again_after_sigkill(tmp_path):
     child.communicate()                          # the child's child ends with its standard input
 
 
-def test_an_atomic_write_replaces_the_whole_file(tmp_path):
+def test_an_atomic_write_replaces_the_whole_file_or_keeps_the_old_one(tmp_path):
     path, backup = tmp_path / "file", tmp_path / "backup"
     for content in ("one", "two"):
         atomic_write(path, lambda temporary: temporary.write_text(content), backup)  # noqa: B023
-    assert path.read_text() == "two" and backup.read_text() == "one" and len(list(tmp_path.iterdir())) == 2
     assert file_hash(backup) == "7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed"
 
-
-@pytest.mark.parametrize("error, reason", [(OSError(errno.ENOSPC, "No space left on device"), "No space left"),
-                                           (RuntimeError("unexpected pos 64 vs 0"), "unexpected pos")])
-def test_a_failed_write_keeps_the_old_file_and_names_the_reason(tmp_path, error, reason):
-    def write(temporary):
-        temporary.write_text("half")
-        raise error
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(UserError, match=f"file: cannot be written .*{reason}.*what was there before stays"):
-        atomic_write(path, write)
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+    def failing(error):
+        def write(temporary):
+            temporary.write_text("half")
+            raise error
+        return write
+    for error in (OSError(errno.ENOSPC, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")):
+        with pytest.raises(UserError, match=f"file: cannot be written .*{error.args[-1]}.*was there before stays"):
+            atomic_write(path, failing(error))
     with pytest.raises(KeyError):                # a bug is no message for a user
-        atomic_write(path, lambda temporary: {}["x"])
+        atomic_write(path, failing(KeyError("x")))
+    assert path.read_text() == "two" and sorted(os.listdir(tmp_path)) == ["backup", "file"]
 
 
 @pytest.mark.parametrize("error, status, message", [
