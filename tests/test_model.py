@@ -180,6 +180,11 @@ def test_frames_are_mixed(temporal):
     assert any(isinstance(m, model.STI) for m in net.modules()) == (temporal == "sti")
 
 
+def test_sines_and_cosines_of_a_number():
+    want = [np.cos(3), np.cos(0.03), np.sin(3), np.sin(0.03), 0]                # 1 and 1 / 100: from 1 to 1 / 10,000
+    assert model.sinusoid(torch.tensor([0, 3]), 5)[1].tolist() == pytest.approx(want, abs=1e-6)
+
+
 def test_sti_by_hand():
     sti = model.STI(8, TINY)
     x, clip = normal(6, 8, 4, 4), Clip(torch.ones(1, 6), None, None, None)

@@ -24,6 +24,8 @@ def test_features_are_fixed_and_appearance_is_blind_to_order():
     rows, shuffled = extract(x), extract(x[:, [3, 1, 6, 0, 7, 2, 5, 4]])
     assert rows.shape == (3, extract.width) and rows.dtype == np.float32 and np.isfinite(rows).all()
     assert np.allclose(rows, RandomFeatures()(to_signed(x), batch=2), atol=1e-5)
+    published = [0.561745, 0.624714, 0.229212, -2.319324, -0.007235, 0.185566, 0.565572]   # behind all FD-app, FD-mot
+    assert np.allclose(rows[1, ::60], published, atol=1e-4)
     assert np.allclose(rows[:, :APPEARANCE], shuffled[:, :APPEARANCE], atol=1e-5)
     assert abs(rows[:, APPEARANCE:] - shuffled[:, APPEARANCE:]).max() > 0.1
     motion = extract(x[:, [0] * 8])[:, APPEARANCE:]

@@ -115,6 +115,7 @@ def test_memory_and_speed_change_no_number(dfgn_argv, stickers16, tmp_path, monk
         torch.testing.assert_close(found[i], found[0], rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(log_of(run), log_of(tmp_path / "0"), rtol=1e-4, atol=1e-6)
         assert state_of(run)["net"].keys() == state_of(tmp_path / "0")["net"].keys()
+    assert stage_of(tmp_path / "2").network(False).dfgn.checkpointing     # it was
     run_train(*argv, "--out", tmp_path / "other", "--ema-device", "cpu", "--workers", 2)
     assert_same(state_of(tmp_path / "0"), state_of(tmp_path / "other"))   # host averages and loaders change no bit
     assert log_of(tmp_path / "0") == log_of(tmp_path / "other")
