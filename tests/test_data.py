@@ -77,6 +77,7 @@ def test_choose_frames():
     assert set(np.diff(even).flat) == {2, 3} and even.max() < 20 and len(set(even[:, 0])) > 1
     mixed = [data.choose_frames(record, r, 8, "mixed") for r in rngs]
     assert 60 < sum(m[-1] == len(m) - 1 for m in mixed) < 240
+    assert {len(data.choose_frames(dict(record, n=4), r, 8)) for r in rngs} == {3, 4}
     for n in (1, 2, 3):
         assert data.choose_frames(dict(n=n, keys={"3": [0, 1, 2]}), rngs[0], 8) == list(range(n))
     record["keyframe_idx"] = [9, 13]                                  # a manifest's
@@ -139,6 +140,9 @@ def test_several_sets_are_one(synthetic, tmp_path):
         assert dict(both.records[i], first=0) == dict(part.records[k], first=0)
         assert both.concepts[both.concept[i]] == part.concepts[part.concept[k]]
         assert np.array_equal(both.clip(both.records[i], [0]), part.clip(part.records[k], [0]))
+    stars = data.StickerSet([synthetic[0], more], "train", ["star"])
+    assert len(stars) == sum(len(data.StickerSet(s, "train", ["star"])) for s in (synthetic[0], more)) > 0
+    assert {r["group"] for r in stars.records} == {"star"} and set(stars.split) == {"train"}
     assert both.meta["frames"] == len(both.frames) == len(first.frames) + len(second.frames)
     assert len({s.meta["hash"] for s in (first, second, both, data.StickerSet([more, synthetic[0]]))}) == 4
     latents = data.Chain([synthetic[1], np.zeros((len(second.frames), 2, 4, 4, 4), np.float16)])
@@ -171,7 +175,10 @@ def test_latents_are_encoded_once_and_go_on_behind_whole_rows(synthetic):
 
 # ---- clips
 def test_items(synthetic):
-    dataset = clips(synthetic)
+    texts = data.StickerTexts(data.StickerSet(synthetic[0], "train"), 3, 7, 0.5, 0.5)
+    assert len(texts) == 1 + 3 * len(texts.stickers)
+    assert [texts[0], texts[4]] == ["", texts.stickers.records[1]["caption"]]
+    dataset = clips(synthetic, texts=texts)
     mean, logvar = synthetic[1].astype(np.float32).swapaxes(0, 1)
     items = [dataset[0, n, 8, 0] for n in range(60)]
     for item in items:
@@ -181,7 +188,8 @@ def test_items(synthetic):
         frames = slice(record["first"], record["first"] + record["n"])
         near = np.abs(z[:n, None] - mean[frames]) < 6 * np.exp(logvar[frames] / 2)
         assert near.all((2, 3, 4)).any(1).all()                       # every latent is of this sticker
-    assert {item["n"] for item in items} >= {1, 3, 8}
+        assert (item["text_row"] - 1) // 3 == item["index"]           # as is the text
+    assert {item["n"] for item in items} >= {1, 3, 8} and {item["text_row"] % 3 for item in items} == {0, 1, 2}
     still = next(i for i, n in enumerate(dataset.set.lengths) if n == 1)
     z = [it["z"][0].numpy() for it in (dataset[s, 1, 8, s] for s in range(1600)) if it["index"] == still]
     place = dataset.set.records[still]["first"]                       # the noise has the posterior's spread

@@ -47,10 +47,11 @@ def test_psnr_is_of_unknown_frames_only():
 def test_fvd_is_of_bare_logits_and_extrapolated(monkeypatch):
     rng = np.random.default_rng(0)
     a, b = (dict(i3d=rng.standard_normal((800, 400)).astype(np.float32) * 3) for _ in range(2))
-    monkeypatch.setattr(evaluate, "bootstrap_fd", lambda *_, **__: [0, 1])       # a minute at this size
+    monkeypatch.setattr(evaluate, "bootstrap_fd", lambda *_, paired, **__: [0, 1 + paired])   # a minute at this size
     monkeypatch.setattr(evaluate, "extrapolate", lambda a, b, seed: (7.0, 2.0))  # likewise; see test_distances.py
     result, fewer = evaluate.distances(a, b, 0), {"i3d": a["i3d"][:799]}
     assert result["FVD"]["value"] == pytest.approx(evaluate.frechet(a["i3d"], b["i3d"]))
+    assert result["FVD"]["interval"] == [0, 2]                                   # drawn in pairs
     assert "7.0 +- 2.0" in tables.distance_table({}, result, None)
     assert "FVD-inf" not in evaluate.distances(fewer, fewer, 0)
     with pytest.raises(UserError, match="800 real clips against 799 others.*--n 799"):

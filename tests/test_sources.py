@@ -132,6 +132,7 @@ def test_stills_are_moved_as_their_captions_say(stills):
     assert moved["sliding"][2][2] - moved["sliding"][6][2] in (15, 16)
     assert moved["pulsing"][2][1] - moved["pulsing"][2][0] > moved["pulsing"][0][1] - moved["pulsing"][0][0] > 20
     assert moved["wobbling"][2][3] - moved["wobbling"][2][2] > 10
+    assert moved["wobbling"][0][3] - moved["wobbling"][0][2] < 8
     colours = sources.move(still, "spinning")[1]
     assert (colours[colours[..., 3] > 200][:, :3] == (200, 40, 0)).all(1).mean() > 0.95           # no dark fringe
 
@@ -254,6 +255,16 @@ def test_folders(tmp_path):
         (tmp_path / "telegram" / name).touch()
     with pytest.raises(UserError, match="telegram: no GIF, WebP, PNG or JPEG in it, but 2 .tgs, 1 .webm; convert"):
         list(sources.folder_jobs(tmp_path / "telegram"))
+
+
+def test_captions_belong_to_the_source_of_a_folder(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (9, 5), "blue").save(tmp_path / "in/c.jpg")
+    argv = ["folder", str(tmp_path / "in"), "--size", "16", "--out", str(tmp_path / "set")]
+    data.main(argv), data.main(argv)                                     # the second time it is there already
+    (tmp_path / "in/c.txt").write_text("another")
+    with pytest.raises(UserError, match="remove it"):
+        data.main(argv)
 
 
 def test_folders_do_not_lead_outside(tmp_path):
