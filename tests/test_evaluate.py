@@ -105,6 +105,7 @@ def test_records_are_one_a_concept_and_seeded(world):
     test, other = (evaluate.EvalSet(evaluate.parse(command(world, "--seed", seed))) for seed in (0, 1))
     assert {r["split"] for r in stickers.records if r["file"] in test.files} == {"test"} and test.floor["n"] == 6
     assert test.files != other.files
+    assert test.prompts("i2v") == [""] * 6 and test.prompts("it2v") == test.captions
 
 
 def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
