@@ -73,6 +73,18 @@ def test_study_that_cannot_be_ranked_is_refused(tmp_path, change, methods, culpr
     assert not list(tmp_path.iterdir())
 
 
+def test_a_page_of_two_runs(tiny_dfgn, stickers16, tmp_path, capsys):
+    runs = [str(shutil.copytree(tiny_dfgn, tmp_path / name)) for name in ("first", "second")]
+    options = ["--out", str(tmp_path / "study.html"), "--data", str(stickers16), "--groups", "star", "circle", "square",
+               "triangle", "--n", "2", "--steps", "1", "--tasks", "t2v", "interpolation"]
+    study.main(["page", *runs, *options])
+    assert "study.html: 4 inputs, 2 methods" in capsys.readouterr().out
+    shown = json.loads((tmp_path / "study.html").read_text("utf-8").split('id="study">')[1].split("</script>")[0])
+    assert [(len(x["given"]), len(x["stickers"])) for x in shown["inputs"]] == [(0, 2), (0, 2), (4, 2), (4, 2)]
+    with pytest.raises(UserError, match="2 to 26 methods"):
+        study.main(["page", runs[0], *options])
+
+
 def test_scores_by_hand_and_table_beside_the_paper(key, tmp_path, capsys):
     a, b, c = METHODS
     results(tmp_path, one=answer(key, "p1", lambda i, criterion: [a, b, c]),
