@@ -8,6 +8,7 @@ from PIL import Image
 import curriculum
 from curriculum import Curriculum, simulate
 from data import TASKS, unknown_share
+from lib.files import UserError
 
 
 def feed(c, values):
@@ -23,6 +24,8 @@ def test_weights_by_hand():
     assert np.allclose(Curriculum("none", 10).probabilities(7), 1 / 6)
     named = Curriculum("linear", 100, tasks=["it2v", "interpolation"])
     assert np.allclose(named.probabilities(0), [0, 0, 0.1, 0.9, 0, 0])
+    with pytest.raises(UserError, match="--curriculum fast.*none, linear, adaptive"):
+        Curriculum("fast")
     linear, adaptive = Curriculum("linear", 100), Curriculum("adaptive", 100)
     feed(linear, [1, 2, 3] * 20)                          # the loss does not enter
     for step, static in ((0, easy), (25, 0.75 * easy + 0.25 * hard), (100, hard), (1000, hard)):
