@@ -92,6 +92,21 @@ def test_learning_rates_are_chosen_on_val(argv, tmp_path, monkeypatch):
     assert [script for script, _ in calls[done:]] == ["evaluate.py"]
 
 
+def test_no_training_begins_after_one_that_failed(argv, monkeypatch):
+    begun = []
+
+    def run(script, *options, processes=1):
+        begun.append(Path(options[-1]).parent.name)
+        if begun[-1] == "rdtf":
+            raise UserError("train.py failed")
+        Path(options[-1]).mkdir(parents=True)
+    monkeypatch.setattr(claim, "run", run)
+    monkeypatch.setattr(claim.Claim, "gate", lambda self: None)
+    with pytest.raises(UserError, match="train.py failed"):
+        claim.main([*argv, "--lrs", "1e-3", "--rows", "RDTF", "SimDA", "I2V-Adapter"])
+    assert begun == ["claim", "rdtf"]
+
+
 def test_a_source_with_held_out_concepts_is_refused(target, tmp_path):
     """As the emoji set is without --hold-out all: what is held out of one style is trained on in another."""
     source = tmp_path / "source"

@@ -1,9 +1,11 @@
 """lib/clip.py: vectors by a local open_clip model, scores by hand. Files that are refused: test_weights.py."""
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 from lib.clip import CLIPExtractor, clip_scores, recall
-from lib.files import file_hash
+from lib.files import UserError, file_hash
 
 
 def test_vectors_are_open_clips(clip_folder):
@@ -20,12 +22,22 @@ def test_vectors_are_open_clips(clip_folder):
     assert file_hash(clip_folder / "open_clip_pytorch_model.bin")[:12] in extractor.describe(3, 16)
 
 
+def test_other_weights_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="(?s)--clip .*other.pt: not the weights of ViT-B-32.*Missing key"):
+        CLIPExtractor(str(tmp_path / "other.pt"), "ViT-B-32")
+
+
 def test_scores_by_hand():
     text = np.eye(4)[:3]                         # right and still; half right; another's
     frames = np.stack([np.eye(4)[[0, 0]], np.eye(4)[[1, 3]], np.eye(4)[[0, 0]]])
     scores = clip_scores(text, frames, first_given=True)
     assert scores["CLIP"].tolist() == [1, 0.5, 0] and scores["CLIP shuffled"].tolist() == [0, 0, 1]
-    assert scores["CLIP R@1"].tolist() == [0.5, 1, 1 / 3] and "CLIP image" not in clip_scores(text, frames)
+    assert scores["CLIP R@1"].tolist() == [0.5, 1, 1 / 3]
     assert scores["CLIP consistency"].tolist() == scores["CLIP image"].tolist() == [1, 0, 1]
-    assert recall(np.array([[3, 1, 0], [2, 2, 2], [0, 5, 4]])).tolist() == [1, 1 / 3, 0]        # ties are shared
+    assert "CLIP image" not in clip_scores(text, frames)
+
+
+def test_recall_shares_ties():
+    assert recall(np.array([[3, 1, 0], [2, 2, 2], [0, 5, 4]])).tolist() == [1, 1 / 3, 0]
     assert recall(np.ones((4, 4)) + 1e-8 * np.arange(4)).tolist() == [0.25] * 4     # rounding is no rank

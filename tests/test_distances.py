@@ -97,6 +97,10 @@ def test_differences_are_paired_by_clip_and_over_runs():
         assert low < 0.3 < high and least < high - low < most
     assert found["B - A"]["known"]["value"] == pytest.approx(0.3)
     assert found["B - A"]["dB over copying"] == dict(value=0, interval=(0, 0))
+
+
+def test_difference_of_distances():
+    rng = np.random.default_rng(0)
     real = rng.standard_normal((60, 4))
     near, far = ([distances.by_clips(dict(scores={}, psnr={"model - copy": dict(clips=[0] * 60)}),
                                      {"FD": (fd, real, real + x)})] for x in (0.1, 1.0))

@@ -58,7 +58,12 @@ def test_frames_are_repeated_and_enlarged(shape, after, expected):
     assert frames.shape == (*after, 3) and frames.dtype == np.uint8 and words == expected
     assert (frames == np.repeat(frames[::times], times, 0)).all()
     assert after[1:] != shape[1:] or (frames[::times] == clip).all()
-    row = np.array([0, 100], np.uint8).reshape(1, 1, 2, 1).repeat(3, -1)     # 12.5 and 62.5 go to the even one
+    with pytest.raises(ValueError, match="uint8"):
+        dover.dover_frames(clip.astype(np.float32))
+
+
+def test_enlarged_pixels_are_bilinear_and_rounded():
+    row = np.array([0, 100], np.uint8).reshape(1, 1, 2, 1).repeat(3, -1)     # 12.5, 37.5, 62.5, 87.5 go to the even one
     assert dover.resize_clip(row, (1, 8))[0, 0, :, 0].tolist() == [0, 0, 12, 38, 62, 88, 100, 100]
     ramp = np.array([0, 10, 20, 90, 0, 50, 60, 0], np.uint8).reshape(1, 1, 8, 1)
     assert dover.resize_clip(ramp, (1, 2))[0, 0, :, 0].tolist() == [15, 55]  # no antialias: of 4 pixels the middle two

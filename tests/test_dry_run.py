@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lib.files import UserError
 from model import PRESETS
 from tools import dry_run
 
@@ -47,3 +48,11 @@ def test_the_papers_preset_takes_no_memory(capsys):
     parts = sum(rows[name] for name in ("weights", "gradients", "optimiser", "averages", "activations"))
     assert rows["sum"] == pytest.approx(parts, abs=0.01)
     assert "micro-batch of 2 clips" in notes["activations"] and "on each of 8 GPUs" in notes["FLOPs"]
+
+
+@pytest.mark.parametrize("argv, reason", [
+    ("--batch 12 --world 8", "--batch 12: not a multiple of --world 8"), ("--ema-device disk", "--ema-device disk"),
+    ("--stage vae --checkpointing", "--checkpointing")])
+def test_what_a_run_refuses_is_refused(argv, reason):
+    with pytest.raises(UserError, match=reason):
+        dry_run.main(argv.split())

@@ -233,8 +233,11 @@ def test_table_of_named_rows_averages_seeds(world, tmp_path, capsys):
     assert all(abs(d["value"]) < 1e-9 for d in difference.values()) and "| RDTF w/o CL - RDTF w/ DCL | 0.000 [" in text
     with pytest.raises(UserError, match=r"--rows DFGN=nowhere-\*: no run folder matches"):
         evaluate.main(command(world, "--table", "3", "--rows", "DFGN=nowhere-*"))
+
+
+def test_interval_over_seeds_is_students():
     assert tables.over_seeds([2.0]) == dict(value=2.0, interval=None)
-    low, high = tables.over_seeds([1.0, 2.0, 3.0])["interval"]      # Student's: t(0.975, 2) = 4.303
+    low, high = tables.over_seeds([1.0, 2.0, 3.0])["interval"]      # t(0.975, 2) = 4.303
     assert (low, high) == pytest.approx((2 - 4.303 / 3 ** 0.5, 2 + 4.303 / 3 ** 0.5), abs=1e-3)
 
 

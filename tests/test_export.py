@@ -24,6 +24,10 @@ def test_an_exported_model_samples_like_the_run(tiny_dfgn, tiny_vae, tmp_path):
     made = [Sampler(path, tiny_vae / "model.safetensors").sample(["star"], [(0, 0)], steps=3).astype(int)
             for path in (tiny_dfgn / "model.safetensors", tmp_path / "shared/net.safetensors")]
     assert 0 < np.abs(made[0] - made[1]).max() < 40
+
+
+def test_other_files_are_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="x.safetensors: not a model.safetensors that train.py wrote"):
         export.main([str(tmp_path / "x.safetensors"), str(tmp_path / "y.safetensors")])
+    assert not (tmp_path / "y.safetensors").exists()

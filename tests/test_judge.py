@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 import torch
 
+from lib import judge
 from lib.files import UserError
 from lib.judge import Judge, JudgeExtractor, load_judge
 from lib.prepare import prepare
@@ -48,6 +49,12 @@ def test_pairs_are_of_one_concept_in_two_styles_and_of_no_held_out_concept(drawi
     assert not np.array_equal(found.draw(3, 5, 4), found.draw(3, 6, 4))
 
 
+def test_info_nce_by_hand():
+    a = torch.eye(3)
+    assert train_judge.info_nce(a, a, 0.5) == pytest.approx(-2 + np.log(np.e ** 2 + 2), abs=1e-5)
+    assert train_judge.info_nce(a, a.roll(1, 0), 0.5) == pytest.approx(np.log(np.e ** 2 + 2), abs=1e-5)
+
+
 def test_training_makes_a_judge_that_knows_shapes_of_other_styles(drawings, tmp_path, capsys):
     argv = ["--data", str(drawings), "--steps", "30", "--batch", "8", "--lr", "5e-4", "--out"]
     files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
@@ -72,16 +79,20 @@ def test_training_makes_a_judge_that_knows_shapes_of_other_styles(drawings, tmp_
     assert "nearest of 8 concepts" in extractor.describe(8, 64) and "0.1250" in extractor.describe(8, 64)
 
 
-def test_who_is_recognised_by_hand(tmp_path):
+def test_who_is_recognised_by_hand():
     net = Judge(["cat", "dog", "owl"], width=2)
     net.places.copy_(torch.tensor([[1., 0.], [0., 1.], [-1., 0.]]))
     views = np.array([[0.9, 0.1], [0.2, 0.3], [-0.5, 0.6], [1.0, 0.0]])
     hits = net.recognised(views, ["cat", "owl", "owl", "eel"])
     assert hits[:3].tolist() == [1, 0, 0] and np.isnan(hits[3])               # eel: the judge does not know it
     assert net.recognised(views, ["cat", "owl", "owl", "dog"], ["owl", "cat", "eel"]).tolist() == [1, 0, 1, 0]
-    a = torch.eye(3)
-    assert train_judge.info_nce(a, a, 0.5) == pytest.approx(-2 + np.log(np.e ** 2 + 2), abs=1e-5)
-    assert train_judge.info_nce(a, a.roll(1, 0), 0.5) == pytest.approx(np.log(np.e ** 2 + 2), abs=1e-5)
-    save_model(tmp_path / "vae.safetensors", dict(a=torch.zeros(1)), kind="vae")
-    with pytest.raises(UserError, match="--judge .*vae.safetensors: not a file that tools/train_judge.py wrote"):
-        load_judge(tmp_path / "vae.safetensors")
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "x").write_bytes(b"x")
+    save_model(tmp_path / "y.safetensors", dict(a=torch.zeros(1)), kind="vae")
+    for name, reason in (("x", "cannot be read"), ("y.safetensors", "not a file that tools/train_judge.py wrote"),
+                         ("none", "no such file")):
+        with pytest.raises(UserError, match=f"--judge .*{name}: {reason}"):
+            load_judge(tmp_path / name)
+    assert judge.SHIPPED.name == "judge.safetensors"

@@ -63,8 +63,8 @@ def test_pipes_devices_and_huge_files_are_refused_before_they_are_opened(tmp_pat
     os.mkfifo(tmp_path / "pipe.gif")
     (tmp_path / "huge.gif").touch()
     os.truncate(tmp_path / "huge.gif", media.MAX_BYTES + 1)
-    for source, reason in ((tmp_path / "pipe.gif", "no regular file"), ("a\0b", "null byte"), ("gone.webp", "No such"),
-                           (tmp_path / "huge.gif", "more than")):
+    for source, reason in ((tmp_path / "pipe.gif", "no regular file"), ("/dev/zero", "no regular file"),
+                           ("a\0b", "null byte"), (tmp_path / "huge.gif", "more than"), ("gone.webp", "No such")):
         with pytest.raises(UserError, match=f"^{source}: cannot be read as an image .*{reason}"):
             media.read_animation(source)
 
@@ -119,13 +119,6 @@ def test_platforms(platform, kind, side, limit, seconds, monkeypatch):
     assert size(smaller) <= smaller                                   # quality falls until it fits
     with pytest.raises(UserError, match=f"--for {platform}: the clip does not fit"):
         size(100)
-    still = np.stack([plain(RED)] * 4)
-    if platform == "whatsapp":
-        with pytest.raises(UserError, match="--for whatsapp: it takes animations, and this clip stands still"):
-            media.encode_for(still, 100, platform)
-    monkeypatch.undo()
-    given, wanted = dict(discord=(1000, 625), whatsapp=(5, 8), signal=(5000, 375))[platform]
-    assert media.read_animation(media.encode_for(moving_square(8), given, platform)[0])[1] == [wanted] * 8
 
 
 def test_few_colours_tear_no_holes_and_fill_no_ground():
@@ -173,6 +166,16 @@ def test_gifs_whose_frames_are_empty_or_equal(tmp_path):
         images, time = strict_gif(content)
         assert images == len(frames) == len(back) and abs(10 * time - durations[0] * len(frames)) <= 5
         assert sum(times) == 10 * time and np.array_equal(back[..., 3], np.where(frames[..., 3] < 128, 0, 255))
+
+
+def test_a_finished_file_obeys_its_platform():
+    still = np.stack([plain(RED)] * 4)
+    with pytest.raises(UserError, match="--for whatsapp: it takes animations, and this clip stands still"):
+        media.encode_for(still, 100, "whatsapp")
+    assert "discord" in media.encode_for(still, 100, "discord")[1]
+    for platform, duration, wanted in (("discord", 1000, 625), ("whatsapp", 5, 8), ("signal", 5000, 375)):
+        content, _ = media.encode_for(moving_square(8), duration, platform)
+        assert media.read_animation(content)[1] == [wanted] * 8
 
 
 def test_contact_sheet(tmp_path):

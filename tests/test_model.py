@@ -91,13 +91,12 @@ def test_presets_and_changes_of_them():
         assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     changed = model.preset("tiny", ["dfgn.widths=8,16", "diffusion.prediction=v", "dfgn.pool_text=false"])
     assert changed.dfgn.widths == (8, 16) and changed.diffusion.prediction == "v" and not changed.dfgn.pool_text
-    for change, reason in {"dfgn.channels=8": "must be equal", "dfgn.temporal=x": "not go together",
-                           "text.kind=big": "big", "diffusion.schedule=cosin": "cosin"}.items():
+    refused = {"dfgn.width=3": "no field", "vae.size=20": "not a multiple", "dfgn.channels=8": "must be equal",
+               "dfgn.layers=two": "is not a int", "dfgn.temporal=x": "not go together", "text.kind=big": "big",
+               "diffusion.schedule=cosin": "cosin"}
+    for change, reason in refused.items():
         with pytest.raises(UserError, match=f"--set {change}.*{reason}"):
             model.preset("tiny", [change])
-    older = PRESETS["tiny"].to_dict()
-    del older["dfgn"]["known"]                   # of a file that was written before the field
-    assert Config.from_dict(older) == PRESETS["tiny"]
 
 
 # ---- VAE
@@ -169,7 +168,6 @@ def test_padding_of_clips_and_captions_cannot_change_the_loss(temporal, fast, mo
             assert torch.allclose(together, alone, rtol=1e-5) and torch.equal(together, other) and alone.min() > 0.01
 
 
-# ---- parts
 @BOTH
 def test_frames_are_mixed(temporal):
     net, a = randomise(DFGN(replace(TINY, temporal=temporal))), dfgn_inputs(4)
@@ -180,6 +178,7 @@ def test_frames_are_mixed(temporal):
     assert any(isinstance(m, model.STI) for m in net.modules()) == (temporal == "sti")
 
 
+# ---- parts
 def test_sines_and_cosines_of_a_number():
     want = [np.cos(3), np.cos(0.03), np.sin(3), np.sin(0.03), 0]                # 1 and 1 / 100: from 1 to 1 / 10,000
     assert model.sinusoid(torch.tensor([0, 3]), 5)[1].tolist() == pytest.approx(want, abs=1e-6)
@@ -195,28 +194,32 @@ def test_sti_by_hand():
         tokens = F.avg_pool2d(sti.norm(x), 2).permute(0, 2, 3, 1).reshape(1, -1, 8)
         attended = sti.attn(tokens).view(6, 2, 2, 8).permute(0, 3, 1, 2)
         semantic = x + attended.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        a, b = sti.fuse(torch.cat([detail.mean((0, 2, 3)), semantic.mean((0, 2, 3))])).softmax(-1)
+        means = torch.cat([detail.mean((0, 2, 3)), semantic.mean((0, 2, 3))])
+        a, b = sti.fuse(means).softmax(-1)
         assert torch.allclose(sti(x, clip), sti.norm_out(a * detail + b * semantic), atol=1e-5)
-    for depthwise in (True, False):                                             # the temporal convolution is conv3d
-        layer = randomise(model.TemporalConv(8, 4, depthwise))
-        x, mask, conv = normal(10, 8, 3, 2), torch.tensor([[1.0] * 5, [1, 1, 1, 0, 0]]), layer.conv
-        h = F.silu(layer.norm(x)).unflatten(0, (2, 5)) * mask[:, :, None, None, None]
-        want = F.conv3d(h.transpose(1, 2), conv.weight, conv.bias, padding=(1, 0, 0), groups=conv.groups)
+
+
+@pytest.mark.parametrize("depthwise", [True, False])
+def test_temporal_convolution_is_conv3d(depthwise):
+    layer = randomise(model.TemporalConv(8, 4, depthwise))
+    x, mask = normal(10, 8, 3, 2), torch.tensor([[1.0] * 5, [1, 1, 1, 0, 0]])
+    h = F.silu(layer.norm(x)).unflatten(0, (2, 5)) * mask[:, :, None, None, None]
+    want = F.conv3d(h.transpose(1, 2), layer.conv.weight, layer.conv.bias, padding=(1, 0, 0), groups=layer.conv.groups)
+    with torch.no_grad():
         got = layer(x, Clip(mask, None, None, None))
         assert torch.allclose(got, want.transpose(1, 2).flatten(0, 1), atol=1e-6)
 
 
 # ---- diffusion
-
-
 @pytest.mark.parametrize("schedule, power", [("linear", 1), ("scaled_linear", 2)])
 def test_schedule(schedule, power):
     betas = np.linspace(0.00085 ** (1 / power), 0.0120 ** (1 / power), 1000) ** power
-    a, end = (Diffusion(DiffusionConfig(schedule=schedule, terminal=t)).alphas_cumprod for t in (0.0, 1e-4))
+    a = Diffusion(DiffusionConfig(schedule=schedule, terminal=0.0)).alphas_cumprod
     assert a.dtype == torch.float64 and np.allclose(a, np.cumprod(1 - betas), rtol=1e-9)
-    ratio = (end.sqrt() - 0.01) / (a.sqrt() - a[-1].sqrt())                     # the square roots shift and stretch
-    assert torch.allclose(ratio[:-1], ratio[:1].expand(999))
+    end = Diffusion(DiffusionConfig(schedule=schedule, terminal=1e-4)).alphas_cumprod
     assert end[-1].item() == pytest.approx(1e-4, rel=1e-9) and end[0].item() == pytest.approx(a[0].item(), rel=1e-12)
+    ratio = (end.sqrt() - 0.01) / (a.sqrt() - a[-1].sqrt())                     # the square roots shift and stretch
+    assert (end[1:] < end[:-1]).all() and torch.allclose(ratio[:-1], ratio[:1].expand(999))
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "z0"])
@@ -272,27 +275,32 @@ def test_gradient_reaches_every_parameter(temporal):
     assert [name for name in silent if not name.endswith("to_k.bias")] == []    # a softmax does not feel its keys' bias
 
 
+def kept_bytes(net, batch):
+    """Bytes that autograd keeps for the backward pass beside parameters and inputs, and the gradients."""
+    given = {x.untyped_storage().data_ptr() for x in (*net.parameters(), *batch.values())}
+    kept = {}
+
+    def pack(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = net(**batch).square().mean()
+    total = sum(n for storage, n in kept.items() if storage not in given)
+    return total, torch.autograd.grad(loss, list(net.parameters()))
+
+
 def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory():
     net = DFGN(TINY).double()
     for i, p in enumerate(net.parameters()):
         p.data = 0.1 * normal(*p.shape, seed=i).double()
-    batch = dict(dfgn_inputs(4), z_t=latents(2, 4, 7, side=8), known=latents(2, 4, 8, side=8),
-                 loss_mask=torch.tensor([[1.0] * 4, [1, 1, 1, 0]]))
+    loss_mask = torch.tensor([[1.0] * 4, [1, 1, 1, 0]]).double()
+    batch = dict(dfgn_inputs(4), z_t=latents(2, 4, 7, side=8), known=latents(2, 4, 8, side=8), loss_mask=loss_mask)
     batch = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
-    given = {x.untyped_storage().data_ptr() for x in (*net.parameters(), *batch.values())}
-    sizes, gradients = [], []
-    for net.checkpointing in (False, True):
-        kept = {}                                # bytes that autograd keeps beside parameters and inputs, by storage
-
-        def pack(x, kept=kept):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = net(**batch).square().mean()
-        sizes.append(sum(n for storage, n in kept.items() if storage not in given))
-        gradients.append(torch.autograd.grad(loss, list(net.parameters())))
-    assert sizes[1] < 0.4 * sizes[0] and all(g.abs().max() > 0 for g in gradients[0])
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+    plain, wanted = kept_bytes(net, batch)
+    net.checkpointing = True
+    layers, by_layer = kept_bytes(net, batch)
+    assert layers < 0.4 * plain and all(g.abs().max() > 0 for g in wanted)
+    torch.testing.assert_close(by_layer, wanted, rtol=1e-10, atol=1e-12)
 
 
 def test_the_fast_ways_of_a_cpu_give_the_plain_results(monkeypatch):
@@ -323,3 +331,11 @@ def test_captions_end_with_their_end_token():
     for row, want, real in zip(tokens, features, mask):
         alone, all_real = encoder(row[None])
         assert all_real.all() and torch.allclose(alone[0], want[real], atol=1e-5)
+
+
+def test_a_configuration_without_a_newer_field_has_its_default():
+    config = PRESETS["tiny"].to_dict()
+    del config["dfgn"]["known"]
+    assert Config.from_dict(config) == PRESETS["tiny"]
+    with pytest.raises(TypeError, match="unknown_field"):
+        Config.from_dict(dict(config, dfgn=dict(config["dfgn"], unknown_field=1)))

@@ -94,6 +94,11 @@ def test_simda_starts_as_the_base_on_clips_that_stand_still():
     assert (output(nets[0]) - output(nets[1])).abs().max() > 1e-3        # elsewhere the shift is seen
 
 
+def test_a_base_is_needed():
+    with pytest.raises(ValueError, match="known=false"):
+        peft.inject(RDTF(PRESETS["tiny"]), "simda")
+
+
 # ---- what is trained
 BEFORE_ZEROS = tuple(f"{name}.{kind}" for kind in ("weight", "bias")
                      for name in ("attention.0", "feed_forward.0", "resnet.down", "resnet.conv"))

@@ -86,9 +86,6 @@ def test_the_set_is_the_same_at_any_number_of_workers_and_is_not_written_over(fi
     for other in (dict(size=12), dict(source="another"), dict(most=5)):
         with pytest.raises(UserError, match=r"holds something else \(test\); remove it or give another"):
             make(files, out, **other)
-    with threadpool_limits(2):                   # as on a machine of two cores; a worker computes with one thread
-        make(files, tmp_path / "threads", 39, read=count_threads)
-    assert {n for record in Index(tmp_path / "threads") for n in record["keywords"]} == {"1"}
 
 
 def test_records_and_frames_are_those_of_the_files(files, whole):
@@ -123,8 +120,9 @@ def test_a_killed_run_goes_on_behind_its_whole_shards(files, whole, tmp_path, ca
     finished = [f"frames-{p.stem}.bin" for p in part.glob("parts/*.jsonl")]
     time_of = {name: (part / name).stat().st_mtime_ns for name in finished}
     assert 5 <= len(time_of) < 20 and not out.exists()
-    with pytest.raises(UserError, match="interrupted run of something else .size 8 there, 12 here.; remove it"):
-        make(files, out, size=12)
+    for other, reason in ((dict(size=12), "size 8 there, 12 here"), (dict(most=5), "most_frames 24 there, 5 here")):
+        with pytest.raises(UserError, match=f"interrupted run of something else .{reason}.; remove it"):
+            make(files, out, **other)
     make(files, out, workers=1)
     assert contents(out) == contents(whole) and not part.exists()
     assert {name: (out / name).stat().st_mtime_ns for name in time_of} == time_of              # not made again
@@ -139,6 +137,12 @@ def test_a_dead_worker_is_a_sentence_and_nothing_is_lost(files, whole, tmp_path)
     assert len(list(tmp_path.glob(".set.part/parts/*.jsonl"))) >= 10
     make(files, tmp_path / "set")
     assert contents(tmp_path / "set") == contents(whole)
+
+
+def test_workers_compute_with_one_thread(files, tmp_path):
+    with threadpool_limits(2):                   # as on a machine of two cores
+        make(files, tmp_path / "set", 39, read=count_threads)
+    assert {threads for record in Index(tmp_path / "set") for threads in record["keywords"]} == {"1"}
 
 
 def test_too_much_skipped_is_an_error_with_three_reasons(files, tmp_path):
@@ -161,6 +165,10 @@ def test_bad_files_end_a_set_early_only_if_all_are_counted(files, tmp_path):
     jobs = [plain_job(name, files / name, f"sticker {i}") for i, name in enumerate(names)]
     prepare(tmp_path / "set", 4, "test", lambda: iter(jobs), sizes, workers=1, total=len(jobs))
     assert len(Index(tmp_path / "set")) == 1945
+    jobs = (plain_job(f"{i}.webp", tmp_path / f"{i}.webp", "x") for i in range(10000))         # none is there
+    with pytest.raises(UserError, match="cannot be used"):
+        prepare(tmp_path / "gone", 8, "test", lambda: jobs, sizes, workers=1, total=10000)
+    assert len(list(jobs)) > 7000
 
 
 def test_unusable_jobs_are_skipped_with_a_reason(files, tmp_path):

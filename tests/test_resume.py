@@ -38,9 +38,10 @@ def whole(argv, tmp_path_factory):
 def assert_same_runs(a, b):
     """All that a checkpoint holds and the log are equal bit for bit; nothing else lies about."""
     assert_same(state_of(a), state_of(b))
-    assert log_of(a) == log_of(b) and {p.name for run in (a, b) for p in run.iterdir()} <= RUN_FILES
-    steps = [line["step"] for line in log_of(a)]
-    assert steps == sorted(set(steps))
+    assert log_of(a) == log_of(b)
+    for run in (a, b):
+        steps = [line["step"] for line in log_of(run)]
+        assert steps == sorted(set(steps)) and {p.name for p in run.iterdir()} <= RUN_FILES
 
 
 def half_of(run, folder):
@@ -182,6 +183,20 @@ def test_a_second_process_is_refused(argv, whole, tmp_path):
     with checkpoints.lock_run(run), pytest.raises(UserError, match=f"--out {run} is being written by another process"):
         run_train(*argv, "--out", run)
     assert log_of(run) == log_of(whole)
+
+
+def test_a_killed_loader_is_told_in_a_sentence(argv, tmp_path):
+    def kill_loader():
+        loader, = multiprocessing.active_children()
+        loader.kill()
+        os.waitid(os.P_PID, loader.pid, os.WEXITED | os.WNOWAIT)       # until torch hears of it
+
+    def killed():
+        at_step(2, kill_loader)
+        run_train(*options(argv, save_every=2, out=tmp_path / "run", workers=1))
+    status, output = forked(killed)
+    assert status == 2 and re.search("error: --workers: DataLoader worker .* The same command goes on from the", output)
+    assert state_of(tmp_path / "run")["step"] == 2
 
 
 # ---- two ranks

@@ -75,8 +75,13 @@ def test_one_step_by_hand():
     before, a = diffusion.alphas_cumprod[499:501].tolist()
     quiet, loud = (ddim_step(diffusion, z_t, eps, 500, 499, 1.0, torch.full((1,), n)).item() for n in (0.0, 1.0))
     assert (loud - quiet) ** 2 == pytest.approx((1 - before) / (1 - a) * (1 - a / before), rel=1e-3)  # DDPM's
+
+
+def test_timesteps():
     assert timesteps(1000, 1000).tolist() == list(range(999, -1, -1))
     assert timesteps(1000, 3).tolist() == [999, 666, 332] and timesteps(1000, 1).tolist() == [999]
+    with pytest.raises(UserError, match="--steps 1001"):
+        timesteps(1000, 1001)
 
 
 def test_sample_k_is_the_same_at_any_batch_size(sampler):
@@ -208,18 +213,17 @@ def test_six_tasks_of_a_trained_model(run, capsys):
     (["--prompt", "x", "--for", "signal", "--num", "2", "--out", "x.png"], ["x.png", "x-2.png"])])
 def test_output_paths(run, argv, files):
     assert run(*argv) == sorted(files) and len({Path(f).read_bytes() for f in files}) == len(files)
-    with pytest.raises(UserError, match="--out a.gif: signal takes .png"):
-        run("--prompt", "x", "--out", "a.gif", "--for", "signal")
 
 
 def test_the_vae_is_found_from_another_folder(tmp_path, monkeypatch):
     """A training names its files from where it ran; sampling may run elsewhere."""
-    run, vae = tmp_path / "work/runs/dfgn", tmp_path / "work/runs/vae.safetensors"
+    run, vae = tmp_path / "work" / "runs" / "dfgn", tmp_path / "work" / "runs" / "vae.safetensors"
     run.mkdir(parents=True)
     model = make_model(run)
     (run / "vae.safetensors").rename(vae)
     net, meta = load_rdtf(model)
-    save_model(model, net.state_dict(), **dict(meta, config=net.config.to_dict(), vae_file="runs/vae.safetensors"))
+    meta = {**{k: v for k, v in meta.items() if k != "config"}, "vae_file": "runs/vae.safetensors"}
+    save_model(model, net.state_dict(), config=net.config.to_dict(), **meta)
     monkeypatch.chdir(tmp_path)
     assert Sampler(model, device="cpu").T == 8
     vae.unlink()
@@ -234,3 +238,8 @@ def test_a_tower_reads_the_prompts(tower_dfgn, clip_folder, tmp_path, run, no_ne
             for where in (None, moved)]
     assert np.array_equal(*made) and np.array_equal(made[0][0], made[0][2]) and not np.array_equal(*made[0][:2])
     assert "a.png" in run("--model", path, "--prompt", "red", "--clip-weights", moved, "--out", "a.png")
+
+
+def test_a_platform_wants_its_suffix(run):
+    with pytest.raises(UserError, match="--out a.gif: signal takes .png"):
+        run("--prompt", "x", "--out", "a.gif", "--for", "signal")

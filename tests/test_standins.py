@@ -30,9 +30,12 @@ def test_features_are_fixed_and_appearance_is_blind_to_order():
     assert abs(rows[:, APPEARANCE:] - shuffled[:, APPEARANCE:]).max() > 0.1
     motion = extract(x[:, [0] * 8])[:, APPEARANCE:]
     assert np.allclose(motion[:, :64], np.log(1e-3)) and np.allclose(motion[:, 64:], 0)
-    net, large = RandomFeatures(), to_signed(shape_clips(2, 0, 128))          # other sizes are resized
+
+
+def test_other_sizes_are_resized_and_short_clips_refused():
+    net, large = RandomFeatures(), to_signed(shape_clips(2, 0, 128))
     small = F.interpolate(large.flatten(0, 1), (64, 64), mode="bilinear", antialias=True).unflatten(0, (2, 8))
-    assert torch.allclose(net(large), net(small))
+    assert torch.allclose(net(large), net(small)) and net(small[:, :5]).isfinite().all()
     with pytest.raises(ValueError, match="at least 5"):
         net(small[:, :4])
 

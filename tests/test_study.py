@@ -64,8 +64,14 @@ def test_page_is_blind_lossless_and_the_same_again(key, tmp_path):
         assert ((tmp_path / "again.html").read_text("utf-8") == text) == (seed == 3)
 
 
+def test_order_is_shuffled_evenly():
+    codes = [study.blind(k, make_inputs()[0], METHODS, 0, 125)[1]["codes"] for k in range(60)]
+    firsts = [next(iter(of_input.values())) for of_input in codes]
+    assert all(10 <= firsts.count(method) <= 30 for method in METHODS)
+
+
 @pytest.mark.parametrize("change, methods, culprit", [
-    ({}, METHODS[:1] * 2, "2 to 26 methods"),
+    ({}, METHODS[:1], "2 to 26 methods"), ({}, METHODS[:1] * 2, "2 to 26 methods"),
     (dict(caption=" "), METHODS, "input 1 has no caption"), ({}, [*METHODS, "new"], "input 1, .* lacks a sticker")])
 def test_study_that_cannot_be_ranked_is_refused(tmp_path, change, methods, culprit):
     with pytest.raises(UserError, match=culprit):
@@ -109,8 +115,11 @@ def test_interval_resamples_both_ways():
 
 @pytest.mark.parametrize("change, reason", [
     (lambda v: v.update(study="0123"), "answers to another study"),
+    (lambda v: v.update(participant=None), "who the participant is"),
     (lambda v: v.update(participant="p0"), "participant p0 is in .*good.json already"),
+    (lambda v: v["answers"].pop(), "does not answer text, interest, motion for each of the 2 inputs"),
     (lambda v: v["answers"][1].pop("motion"), "does not answer text, interest, motion for each"),
+    (lambda v: v["answers"][1]["motion"].append("x"), "input 2, motion, does not rank each sticker exactly once"),
     (lambda v: v["answers"][1].update(motion=["x", {}, []]), "input 2, motion, does not rank each sticker"),
     (lambda v: v.pop("answers"), "not a JSON object with study")])
 def test_bad_answers_are_refused_by_name(key, tmp_path, change, reason):
@@ -118,6 +127,13 @@ def test_bad_answers_are_refused_by_name(key, tmp_path, change, reason):
     change(bad)
     with pytest.raises(UserError, match=f"bad.json: .*{reason}"):
         results(tmp_path, good=good, bad=bad)
+
+
+def test_files_that_are_no_answers_are_refused(key, tmp_path):
+    with pytest.raises(UserError, match="results: no answers"):
+        results(tmp_path)
+    with pytest.raises(UserError, match="cut.json: cannot be read as JSON"):
+        results(tmp_path, cut="{")
 
 
 # ---- the page in a browser

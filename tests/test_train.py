@@ -3,6 +3,8 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -81,6 +83,11 @@ def test_log_lines(tiny_dfgn, tiny_vae):
     assert [line["step"] for line in log_of(tiny_vae)] == [2, 4]
 
 
+def test_seconds_of_the_log_are_those_of_all_ranks(monkeypatch):
+    monkeypatch.setattr(loop, "gather", lambda mine, world: torch.cat([mine * 0 + 2.5] * world))
+    assert loop.Window().rates(torch.device("cpu"), 3)["cpu_s"] == 7.5
+
+
 def test_the_vaes_latents_are_standardised(tiny_vae, stickers16):
     vae, meta = load_vae(tiny_vae / "model.safetensors")
     stickers = data.StickerSet(stickers16, "train")
@@ -99,31 +106,40 @@ def test_a_finished_run_stays_as_it_is(tiny_dfgn, dfgn_argv, capsys):
     assert "nothing to do" in capsys.readouterr().out and files() == before
 
 
-# ---- memory and speed
-def test_memory_and_speed_change_no_number(dfgn_argv, stickers16, tmp_path, monkeypatch):
-    """Compiled by aot_eager: traced as ever, but run by torch's own kernels; inductor's take minutes to build."""
-    monkeypatch.setattr(train, "COMPILER", "aot_eager")
+def test_averaged_weights_after_one_step(dfgn_argv, stickers16, tmp_path):
     torch.manual_seed(0)                                              # of the initial weights, as --seed 0 says
     words = len(data.vocabulary(data.StickerSet(stickers16, "train").records))
-    start, found, argv = RDTF(preset("tiny", [f"text.vocab={words}"])).state_dict(), [], options(
-        dfgn_argv, steps=2, log_every=1, save_every=1, warmup=0)
+    start = RDTF(preset("tiny", [f"text.vocab={words}"])).state_dict()
+    run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", warmup=0))
+    state = state_of(tmp_path / "run")
+    del state["net"]["text.vocabulary"]
+    for name, w in state["net"].items():
+        assert torch.allclose(state["ema"][name], 0.1 * start[name] + 0.9 * w, atol=1e-6), name  # decay (1+0) / (10+0)
+    assert max((w - start[name]).abs().max() for name, w in state["net"].items()) > 1e-5
+
+
+# ---- memory and speed
+def test_micro_batches_checkpointing_and_compiling_change_no_number(dfgn_argv, tmp_path, monkeypatch):
+    """Compiled by aot_eager: traced as ever, but run by torch's own kernels; inductor's take minutes to build."""
+    monkeypatch.setattr(train, "COMPILER", "aot_eager")
+    found = []
     for i, more in enumerate(([], ["--accumulate", 4], ["--checkpointing"], ["--compile"])):
         run = tmp_path / str(i)
-        run_train(*argv, "--out", run, *more)
+        run_train(*options(dfgn_argv, steps=2, log_every=1, save_every=1, out=run), *more)
         moments = state_of(run, "state.prev.pt")["optimizer"]["state"]  # 0.1 times the first step's gradients, clipped
         found.append({name: moment["exp_avg"] for name, moment in moments.items()})
         torch.testing.assert_close(found[i], found[0], rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(log_of(run), log_of(tmp_path / "0"), rtol=1e-4, atol=1e-6)
         assert state_of(run)["net"].keys() == state_of(tmp_path / "0")["net"].keys()
-    assert stage_of(tmp_path / "2").network(False).dfgn.checkpointing     # it was
+    assert stage_of(tmp_path / "2").network(False).dfgn.checkpointing  # it was
+
+
+def test_host_averages_and_loader_processes_change_no_bit(dfgn_argv, tmp_path):
+    argv = options(dfgn_argv, steps=4, log_every=1)
+    run_train(*argv, "--out", tmp_path / "plain")
     run_train(*argv, "--out", tmp_path / "other", "--ema-device", "cpu", "--workers", 2)
-    assert_same(state_of(tmp_path / "0"), state_of(tmp_path / "other"))   # host averages and loaders change no bit
-    assert log_of(tmp_path / "0") == log_of(tmp_path / "other")
-    state = state_of(tmp_path / "0", "state.prev.pt")
-    for name, w in start.items():
-        if name != "text.vocabulary":                                 # decay of the first average: (1 + 0) / (10 + 0)
-            assert torch.allclose(state["ema"][name], 0.1 * w + 0.9 * state["net"][name], atol=1e-6), name
-    assert max((state["net"][name] - w).abs().max() for name, w in start.items() if name != "text.vocabulary") > 1e-5
+    assert_same(state_of(tmp_path / "plain"), state_of(tmp_path / "other"))
+    assert log_of(tmp_path / "plain") == log_of(tmp_path / "other")
 
 
 def test_precision_is_tried_once(dfgn_argv, tmp_path, monkeypatch, capsys):
@@ -180,6 +196,13 @@ def test_frames_of_a_step_and_learning_rate():
     cosine, constant = (TrainConfig(steps=100, warmup=10, lr=2.0, lr_schedule=s) for s in ("cosine", "constant"))
     assert [train.learning_rate(constant, s) for s in (0, 4, 9, 50, 99)] == pytest.approx([0.2, 1, 2, 2, 2])
     assert train.learning_rate(cosine, 50) == pytest.approx(1) and train.learning_rate(cosine, 99) < 0.001
+
+
+def test_one_task_on_whole_clips(dfgn_argv, tmp_path):
+    """The paper's ablation without dual masks."""
+    run_train(*options(dfgn_argv, steps=2, out=tmp_path / "run", tasks="it2v", frames="full", still_share=0))
+    line, = log_of(tmp_path / "run")
+    assert set(line["tasks"]) == {"it2v"} and line["entropy"] == pytest.approx(7 / 8)
 
 
 # ---- text towers, base
@@ -245,12 +268,6 @@ def test_a_tuned_decoder_keeps_the_latents(vae_argv, dfgn_argv, tiny_vae, tiny_d
                if not torch.equal(w, v)}
     assert changed and {name.partition(".")[0] for name in changed} == {"decoder", "post_quant_conv", "shortcut_out"}
     assert tuned["latents"] == meta["latents"] == file_hash(base) and 5 < tuned["psnr"] < 60
-    config = replace(TrainConfig(**read_config(run)["train"]), batch=400, steps=1)
-    stage = train.VAEStage(config, 0, 1, torch.device("cpu"))
-    stage.network(fresh=False)
-    (_, batch, _), = stage.batches(0)                                   # of a noise that is half-normal in size
-    assert batch["noise_std"].shape == (400, 1, 1, 1) and batch["noise_std"].min() >= 0
-    assert batch["noise_std"].mean().item() == pytest.approx(0.5 * (2 / np.pi) ** 0.5, abs=0.04)
     net = tiny_dfgn / "model.safetensors"
     clips = [Sampler(net, path).sample(["star"], [(0, 0)], steps=2) for path in (base, run / "model.safetensors")]
     assert (clips[0] != clips[1]).any()
@@ -259,6 +276,19 @@ def test_a_tuned_decoder_keeps_the_latents(vae_argv, dfgn_argv, tiny_vae, tiny_d
     run_train(*options(dfgn_argv, steps=1, vae=again / "model.safetensors", base=net, out=dfgn))
     assert load_rdtf(dfgn / "model.safetensors")[1]["vae"] == file_hash(base)
     assert set(stickers16.glob("latents-*")) <= caches
+
+
+def test_the_decoders_noise_is_half_normal(vae_argv):
+    c = TrainConfig(stage="vae", preset="tiny", data=[str(vae_argv[vae_argv.index("--data") + 1])], batch=400, steps=1)
+    scales = []
+    for fields in ([], ["vae.latent_noise=0.5"]):
+        stage = train.VAEStage(replace(c, set=fields), 0, 1, torch.device("cpu"))
+        stage.network(fresh=False)
+        (_, batch, _), = stage.batches(0)
+        scales.append(batch["noise_std"])
+        assert batch["noise_std"].shape == (400, 1, 1, 1) and batch["noise"].std().item() == pytest.approx(1, abs=0.02)
+    assert not scales[0].any() and scales[1].min() >= 0
+    assert scales[1].mean().item() == pytest.approx(0.5 * (2 / np.pi) ** 0.5, abs=0.04)
 
 
 # ---- going on with other options, what is refused (more is in test_bad_input.py)
@@ -288,6 +318,8 @@ def test_every_option_may_change_or_may_not(tiny_dfgn):
             ("model", replace(preset("tiny"), frames=4).to_dict(), "when frames was 8, it is 4")):
         with pytest.raises(UserError, match=said):
             check(part, **changed)
+    with pytest.raises(UserError, match="--precision fp8: .* was started in"):
+        check_same_config(tiny_dfgn, dict(config, precision="fp8"), train.MAY_CHANGE, {})
     assert check_same_config(tiny_dfgn, dict(config, world=2), train.MAY_CHANGE, {})[1] == ["2 processes instead of 1"]
 
 
@@ -320,9 +352,17 @@ RENDEZVOUS = dict(MASTER_ADDR="localhost", MASTER_PORT="1", RANK="0", WORLD_SIZE
 
 @pytest.mark.parametrize("given, said", [
     (dict(RANK="1"), "WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start with torchrun"),
+    (dict(WORLD_SIZE="2"), "RANK, MASTER_ADDR, MASTER_PORT not: start with torchrun"),
     (RENDEZVOUS, "several nodes: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")])
 def test_ranks_that_would_not_find_each_other_are_refused(given, said, dfgn_argv, tmp_path, monkeypatch):
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=said):
         run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run"))
+
+
+def test_the_script_ends_with_a_line_and_a_status(tiny_dfgn, dfgn_argv):
+    argv = options(dfgn_argv, steps=7, out=tiny_dfgn, lr=0.5)
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], capture_output=True, text=True)
+    line, = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and line.startswith("error: --lr 0.5") and str(tiny_dfgn) in line

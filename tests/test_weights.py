@@ -118,8 +118,9 @@ METADATA = [
     ("kind", "vae", "holds 'vae', 'dfgn' is needed"), ("step", "7", "metadata.step"),
     ("vae_file", ..., "metadata.vae_file"), ("config.dfgn", [], "configuration is not"), ("config.colour", 1, "colour"),
     ("config.dfgn.widths", [10**9, 32], r"widths is \[1000000000, 32\]"),
+    ("config.dfgn.widths", [60000, 60000], "configuration is not|not the weights of RDTF: .*another shape"),
     ("config.dfgn.layers", 60000, "more layers than the file"), ("config.dfgn.layers", "2", "configuration"),
-    ("config.dfgn.layers", 2, "not the weights of RDTF: missing"),
+    ("config.dfgn.layers", 2, "not the weights of RDTF: missing"), ("config.dfgn.temporal", "lstm", "lstm"),
     ("config.text.vocab", 60000, r"text.token.weight \(\d+, 16\) instead of \(60000, 16\)"),
     ("config.diffusion.steps", 10**12, "diffusion.steps is"), ("config.diffusion.steps", True, "steps is True"),
     ("config.diffusion.beta_end", float("nan"), "beta_end is nan"), ("config.vae.size", 65535, "65535, not a multiple")]
@@ -176,6 +177,16 @@ def test_every_naming_of_stable_diffusions_vae_gives_the_same_weights(sd_vae, tm
     assert all(torch.equal(vae.state_dict()[k], w.half().float()) for k, w in wanted.items())
 
 
+def test_wrong_weights_of_stable_diffusion_are_named(sd_vae, tmp_path):
+    weights = {k: torch.zeros(()).expand(w.shape) for k, w in sd_vae["compvis"].items()}     # no values are needed
+    weights["encoder.mid.attn_1.q.weight"] = torch.ones(512, 512, 3, 3)
+    weights["decoder.up.4.block.0.norm1.weight"] = torch.ones(1)
+    torch.save(weights, tmp_path / "vae.ckpt")
+    reason = r"unknown 1 .*of another shape 1 .*to_q.weight \(512, 512, 3, 3\) instead of \(512, 512\)"
+    with pytest.raises(UserError, match=f"--vae .*vae.ckpt: .*{reason}"):
+        load_vae(tmp_path / "vae.ckpt")
+
+
 # ---- text towers
 def copied(clip_folder, folder, **text):
     """A copy of the tiny open_clip model with fields of its text tower changed."""
@@ -211,11 +222,14 @@ def test_towers_that_cannot_be_used(clip_folder, tmp_path, no_network):
     cases = [(tmp_path / "none.bin", "", "no such file"),
              (file, "hf-hub:some/model", "--clip-model hf-hub:some/model: not a model")]
     for change, reason in [(dict(hf_model_name="roberta"), "cannot be used .*hf_model_name='roberta'"),
-                           (dict(context_length=32), "32 tokens of 49408, not 77"), (dict(width=10**9), "no open_cl")]:
+                           (dict(context_length=32), "32 tokens of 49408, not 77"), (dict(heads=0), "cannot be used"),
+                           (dict(width=10**9), "no open_clip_config"), (dict(layers=10**5), "no open_clip_config")]:
         cases.append((copied(clip_folder, tmp_path / next(iter(change)), **change), "", reason))
     for path, name, reason in cases:
         with pytest.raises(UserError, match=reason):
             towers.name_tower(path, name, 32)
+    with pytest.raises(UserError, match=r"not the weights of TextTower: missing 12 \(text.transformer.resblocks.2"):
+        towers.load_tower(copied(clip_folder, tmp_path / "deep", layers=3), "")
     wide = copied(clip_folder, tmp_path / "wide")                     # one number, expanded: maybe to terabytes
     torch.save({"token_embedding.weight": torch.zeros(1).half().expand(1000, 1000)}, wide / file.name)
     with pytest.raises(UserError, match="wide: its tensors are larger than the file"):
