@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 
 GIF, PNG = (b"GIF87a", b"GIF89a"), b"\x89PNG\r\n\x1a\n"
+MAX_BLOCKS = 100_000                             # of a file: a loop over many more would take minutes
+ROWS = 128                                       # composited at once, to save memory
 KEEP, CLEAR, RESTORE = "keep", "clear", "restore"                # what becomes of a picture's box before the next one
 
 
@@ -29,11 +31,19 @@ class Picture(NamedTuple):
     decode: Callable                             # () -> (height, width, 4) uint8 straight RGBA
 
 
-def parse(content):
-    """Bytes of a GIF or PNG -> canvas (width, height), [Picture]. None: another format. ValueError: damaged."""
+class Look(NamedTuple):
+    """How a PNG says that its samples are to be seen."""
+    icc: bytes = b""                             # colour profile
+    gamma: float = 0.0                           # exponent that the samples were encoded with, as 1 / 2.2; 0: none said
+    exif: bytes = b""                            # orientation is in it
+
+
+def parse(content, most=2**31):
+    """Bytes of a GIF or PNG -> canvas (width, height), [Picture], of which at most `most` and one more, Look. None: of
+    another format. ValueError: damaged."""
     if content[:6] in GIF:
-        return parse_gif(content)
-    return parse_png(content) if content[:8] == PNG else None
+        return *parse_gif(content, most), Look()
+    return parse_png(content, most) if content[:8] == PNG else None
 
 
 def composed(canvas, pictures):
@@ -42,32 +52,38 @@ def composed(canvas, pictures):
     out = np.zeros((height, width, 4), np.uint8)                 # transparent, whatever colour a file names
     for p in pictures:
         box = out[p.top:p.top + p.height, p.left:p.left + p.width]           # a view, clipped at the canvas's edges
-        before, drawn = box.copy(), p.decode()[:box.shape[0], :box.shape[1]]
-        box[:] = over(drawn, before) if p.over else drawn
+        before, drawn = box.copy() if p.dispose == RESTORE else 0, p.decode()[:box.shape[0], :box.shape[1]]
+        for rows in (slice(y, y + ROWS) for y in range(0, len(box), ROWS)):
+            box[rows] = over(drawn[rows], box[rows]) if p.over else drawn[rows]
+        del drawn
         yield out
         if p.dispose != KEEP:
-            box[:] = before if p.dispose == RESTORE else 0
+            box[:] = before
 
 
 def over(top, under):
     """Straight RGBA (h, w, 4) uint8 composited (PNG, section 13.16: the "over" operator)."""
     out, alpha = np.where(top[..., 3:] > 0, top, under), top[..., 3]
     mixed = (alpha > 0) & (alpha < 255) & (under[..., 3] > 0)
-    if mixed.any():
-        a, b = top[mixed].astype(float), under[mixed].astype(float)
-        left = b[:, 3:] * (255 - a[:, 3:]) / 255                 # weight of what lies under
-        weight = a[:, 3:] + left
-        colour = (a[:, :3] * a[:, 3:] + b[:, :3] * left) / weight
-        out[mixed] = np.floor(np.concatenate([colour, weight], 1) + 0.5)
+    if mixed.any():                              # in 255ths and whole numbers, rounded half up
+        a, b = top[mixed].astype(np.uint32), under[mixed].astype(np.uint32)
+        above, below = 255 * a[:, 3:], b[:, 3:] * (255 - a[:, 3:])           # weights
+        weight = above + below
+        colour = (2 * (a[:, :3] * above + b[:, :3] * below) + weight) // (2 * weight)
+        out[mixed] = np.concatenate([colour, (2 * weight + 255) // 510], 1)
     return out
 
 
 # ---- GIF
-def parse_gif(content):
+def parse_gif(content, most=2**31):
+    if len(content) < 13:
+        raise ValueError("the GIF is cut off in its header")
     width, height, flags = struct.unpack_from("<HHB", content, 6)
     shared, at = colour_table(content, 13, flags)
     pictures, control = [], (0, 0, None)
-    while at < len(content):
+    for _ in range(MAX_BLOCKS):
+        if at >= len(content) or len(pictures) > most:
+            break
         kind = content[at]
         if kind == 0x21:                         # an extension
             data, end = sub_blocks(content, at + 2)
@@ -87,6 +103,11 @@ def parse_gif(content):
             control = 0, 0, None                 # it was for one picture
         else:                                    # the trailer, or what browsers take for it
             break
+    else:
+        raise ValueError(f"the GIF has more than {MAX_BLOCKS} blocks")
+    if pictures:                                 # a screen that is too small for the first one grows, as in browsers
+        left, top, w, h, *_ = pictures[0]
+        width, height = max(width, left + w), max(height, top + h)
     return (width, height), pictures
 
 
@@ -140,24 +161,34 @@ def join_gifs(alone, milliseconds, transparent):
 
 
 # ---- PNG
+PICTURE_CHUNKS = b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"acTL", b"fcTL", b"fdAT"
+
+
 def chunks(content):
-    """Yield (kind, data) of a PNG. ValueError: cut off, or a wrong checksum."""
+    """Yield (kind, data) of a PNG. One that is not of the picture is left out where it is damaged; behind the data a
+    file may be cut off. ValueError: a chunk of the picture is."""
     at = 8
-    while at < len(content):
+    for _ in range(MAX_BLOCKS):
+        if at + 8 > len(content):
+            return
         length, kind = struct.unpack_from(">I4s", content, at)
         data, check = content[at + 8:at + 8 + length], content[at + 8 + length:at + 12 + length]
-        if len(check) < 4 or zlib.crc32(data, zlib.crc32(kind)) != int.from_bytes(check, "big"):
+        whole = len(check) == 4 and zlib.crc32(data, zlib.crc32(kind)) == int.from_bytes(check, "big")
+        if whole:
+            yield kind, data
+        elif kind in PICTURE_CHUNKS:
             raise ValueError(f"the PNG's chunk {kind!r} is cut off or damaged")
-        yield kind, data
         if kind == b"IEND":
             return
         at += 12 + length
+    raise ValueError(f"the PNG has more than {MAX_BLOCKS} chunks")
 
 
-def parse_png(content):
-    header, table, alpha, animated = None, b"", b"", False
+def parse_png(content, most=2**31):
+    header, table, alpha, animated, look = None, b"", b"", False, Look()
     pictures = [(None, [])]                      # (fcTL's fields, parts of the data): the default image, then frames
     for kind, data in chunks(content):
+        before = not any(parts for _, parts in pictures)                     # behind the image they count for nothing
         if kind == b"IHDR":
             header = struct.unpack(">IIBBBBB", data)
         elif kind == b"PLTE":
@@ -165,22 +196,46 @@ def parse_png(content):
         elif kind == b"tRNS":
             alpha = data
         elif kind == b"acTL":
-            animated = not any(parts for _, parts in pictures)               # behind the image it counts for nothing
+            animated = before
         elif kind == b"fcTL" and animated:
+            if len(pictures) > most + 1:
+                break
             pictures.append((struct.unpack(">4xIIIIHHBB", data), []))
         elif kind == b"IDAT":
             pictures[-1][1].append(data)
         elif kind == b"fdAT" and animated:
             pictures[-1][1].append(data[4:])
+        elif before:
+            look = see(look, kind, data)
+    if header is None:
+        raise ValueError("the PNG has no IHDR chunk")
     width, height, depth, colour, _, _, interlaced = header
     frames = [(control, parts) for control, parts in pictures if control and parts]
     found = []
     for control, parts in frames or pictures[:1]:
         w, h, left, top, delay, per, dispose, blend = control or (width, height, 0, 0, 0, 1, 0, 0)
+        if dispose > 2:
+            raise ValueError(f"the PNG has a frame of disposal {dispose}")
         decode = functools.partial(png_pixels, b"".join(parts), w, h, depth, colour, interlaced, table, alpha)
         found.append(Picture(left, top, w, h, 1000 * delay / (per or 100), (KEEP, CLEAR, RESTORE)[dispose], blend == 1,
                              decode))
-    return (width, height), found
+    return (width, height), found, look
+
+
+def see(look, kind, data):
+    """`look` with what a chunk says of it. sRGB, as no chunk, needs no change, and is above gAMA."""
+    if kind == b"iCCP":
+        name, _, packed = data.partition(b"\0")
+        unpack = zlib.decompressobj()
+        try:
+            return look._replace(icc=unpack.decompress(packed[1:], 2**22))
+        except zlib.error:
+            return look
+    if kind == b"sRGB":
+        return look._replace(gamma=-1.0)
+    if kind == b"gAMA" and len(data) == 4 and not look.gamma:
+        return look._replace(gamma=int.from_bytes(data, "big") / 100_000)
+    return look._replace(exif=data) if kind == b"eXIf" else look
 
 
 def png_pixels(data, width, height, depth, colour, interlaced, table, alpha):
@@ -212,10 +267,13 @@ def png_pixels(data, width, height, depth, colour, interlaced, table, alpha):
     if colour in (4, 6):
         x, opacity = x[..., :-1], x[..., -1:]
     else:                                        # tRNS names one colour, in samples of the file's depth
-        opacity = np.full((height, width, 1), most)
+        opacity = np.full((height, width, 1), most, np.uint16)
         if alpha:
             key = np.frombuffer(alpha, ">u2").astype(int) & 2 ** depth - 1
             key = key if depth >= 8 else key * (255 // (2 ** depth - 1))
             opacity[(x == key).all(-1)] = 0
-    x = np.concatenate([np.broadcast_to(x, (height, width, 3)), opacity], -1)
-    return x.astype(np.uint8) if most == 255 else np.rint(x / 257).astype(np.uint8)
+    out = np.empty((height, width, 4), np.uint8)
+    for rows in (slice(y, y + ROWS) for y in range(0, height, ROWS)):
+        out[rows, :, :3], out[rows, :, 3:] = (part[rows] if most == 255 else np.rint(part[rows] / 257)
+                                              for part in (x, opacity))
+    return out

@@ -2,11 +2,13 @@
 
 Frames are (n, H, W, 4) uint8, straight (not premultiplied) RGBA; durations are milliseconds, one a frame.
 """
+import contextlib
 import io
 import itertools
 import os
 import re
 import stat
+import struct
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -14,16 +16,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from lib import animation
-from lib.files import UserError
+from lib.files import UserError, atomic_write
 
-FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG",
+           ".jfif": "JPEG", ".jpe": "JPEG"}
 MAX_FRAMES = 24                                  # kept of a long clip in a prepared set
 # What a file may ask for: reading one then takes at most 1.2 GB and about half a minute on a slow core.
 MAX_SIDE, MAX_DECODED, MAX_PIXELS = 4096, 2000, 2.5e8    # of a canvas, frames of a file, pixels of all of them
 MAX_BYTES = 2**26                                # of a file: the largest canvas, uncompressed
+MAX_SCANS = 500                                  # of a progressive JPEG: each goes over the whole picture
 LONGEST = {".gif": 655_350, ".webp": 2**24 - 1, ".png": 65_535, ".apng": 65_535}     # milliseconds of a frame, at most
 
 
@@ -120,7 +124,7 @@ def webp_alpha(content):
 def webp_durations(content):
     """Milliseconds of each frame of an animated WebP, from its ANMF chunks; none of a still."""
     found, at = [], 12
-    while at + 24 <= len(content):
+    while at + 24 <= len(content) and len(found) <= MAX_DECODED:
         size = int.from_bytes(content[at + 4:at + 8], "little")
         if content[at:at + 4] == b"ANMF":
             found.append(int.from_bytes(content[at + 20:at + 23], "little"))
@@ -128,23 +132,76 @@ def webp_durations(content):
     return found
 
 
+ORIENTATIONS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
+                7: "TRANSVERSE", 8: "ROTATE_90"}         # of EXIF, as Pillow calls what undoes them
+ORIENTATIONS = {number: Image.Transpose[name] for number, name in ORIENTATIONS.items()}
+SIDEWAYS = {ORIENTATIONS[number] for number in (5, 6, 7, 8)}
+
+
+def orientation(exif):
+    """What turns a picture upright, by the EXIF data of a PNG; None where nothing does."""
+    found = Image.Exif()
+    with contextlib.suppress(Exception):         # damaged data may raise nearly anything
+        found.load(b"Exif\0\0" + exif)
+        return ORIENTATIONS.get(found.get(ExifTags.Base.Orientation))
+
+
+def colour_change(icc, gamma=0.0):
+    """A function from an image to one in sRGB: of a colour profile, or of samples that were encoded with an exponent.
+
+    Where neither says anything, or a profile is damaged, images stay as they are; so they do, in browsers, at an
+    exponent of 1 / 2.2, which is nearly sRGB's."""
+    if not icc and (gamma <= 0 or abs(gamma - 1 / 2.2) < 0.005):
+        return lambda image: image
+    if not icc:
+        linear = (np.arange(256) / 255) ** (1 / gamma)
+        table = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+        table = [round(255 * min(float(v), 1.0)) for v in table]
+        return lambda image: image.convert("RGBA").point(table * 3 + list(range(256)))
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]
+        change = ImageCms.buildTransform(profile, SRGB, mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, KeyError, ValueError, TypeError):
+        return lambda image: image
+
+    def changed(image):
+        if (image.mode == "CMYK") != (mode == "CMYK"):                       # a profile of another picture
+            return image
+        rgba = image.convert("RGBA")
+        out = ImageCms.applyTransform(image.convert(mode), change)
+        out.putalpha(rgba.getchannel("A"))
+        return out
+    return changed
+
+
+SRGB = ImageCms.createProfile("sRGB")
+
+
 def open_frames(content, name):
     """(width, height), milliseconds of each frame and an iterator of images, checked against the limits."""
-    if found := animation.parse(content):                        # GIF, PNG
-        canvas, pictures = found
+    if found := animation.parse(content, MAX_DECODED):           # GIF, PNG
+        canvas, pictures, look = found
         sizes = [canvas, *((p.width, p.height) for p in pictures)]           # a picture may reach over the canvas
         check_canvas(name, *map(max, zip(*sizes)), len(pictures))
-        return canvas, [p.milliseconds for p in pictures], map(Image.fromarray, animation.composed(canvas, pictures))
+        turn, colours = orientation(look.exif), colour_change(look.icc, look.gamma)
+        seen = (colours(Image.fromarray(frame)) for frame in animation.composed(canvas, pictures))
+        turned = canvas[::-1] if turn in SIDEWAYS else canvas
+        return turned, [p.milliseconds for p in pictures], seen if turn is None else (im.transpose(turn) for im in seen)
+    if content[:2] == b"\xff\xd8" and (scans := content.count(b"\xff\xda")) > MAX_SCANS:
+        raise UserError(f"{name}: a JPEG of {scans} scans; at most {MAX_SCANS} can be read")
     image = Image.open(io.BytesIO(webp_alpha(content)), formats=[*set(FORMATS.values())])
     n = image.n_frames if image.format == "WEBP" else 1          # a phone's JPEG may hold a second picture
     check_canvas(name, *image.size, n)
+    colours = colour_change(image.info.get("icc_profile"))
     if n == 1:
-        image = ImageOps.exif_transpose(image)
+        with contextlib.suppress(Exception):     # damaged EXIF does not cost the picture
+            image = ImageOps.exif_transpose(image)
 
     def frames():
         for i in range(n):
             image.seek(i)
-            yield image
+            yield colours(image)
     return image.size, (webp_durations(content) + [0] * n)[:n], frames()
 
 
@@ -174,6 +231,8 @@ def decode_frames(source, name, most=None, size=None, keep=(), room=None):
         raise
     except UnidentifiedImageError:
         reason = "no GIF, WebP, PNG or JPEG, or cut off at once"
+    except (struct.error, IndexError, KeyError, TypeError, AttributeError, OverflowError):
+        reason = "damaged"                       # their own words are of the program, not of the file
     except Exception as error:                   # a broken file can make Pillow raise nearly anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     raise UserError(f"{name}: cannot be read as an image ({reason})")
@@ -189,13 +248,23 @@ def read_animation(source, max_frames=None, size=None):
 
 # ---- writing
 def gif_frame(frame):
-    """(H, W, 4) -> a GIF: 255 colours chosen from the opaque pixels, index 255 where it is transparent."""
+    """(H, W, 4) -> a GIF: at most 255 colours of the opaque pixels, all if there are no more, index 255 where it is
+    transparent."""
     opaque = frame[..., 3] >= 128
-    colours = frame[opaque][None, :, :3] if opaque.any() else np.zeros((1, 1, 3), np.uint8)
-    palette = Image.fromarray(np.ascontiguousarray(colours)).quantize(255)
-    image = Image.fromarray(np.ascontiguousarray(frame[..., :3])).quantize(palette=palette, dither=Image.Dither.NONE)
-    image.paste(255, mask=Image.fromarray(~opaque))
-    image.putpalette(bytes(image.getpalette()).ljust(768, b"\0"))
+    shown = np.ascontiguousarray(frame[opaque][:, :3]) if opaque.any() else np.zeros((1, 3), np.uint8)
+    keys, place = np.unique(shown.astype(np.uint32) @ np.uint32([65536, 256, 1]), return_inverse=True)
+    if len(keys) <= 255:                         # Pillow would take near colours for one
+        indices = np.full(opaque.shape, 255, np.uint8)
+        indices[opaque] = place[:opaque.sum()]
+        image = Image.frombytes("P", opaque.shape[::-1], indices.tobytes())
+        palette = np.stack([keys >> 16, keys >> 8 & 255, keys & 255], 1).astype(np.uint8).tobytes()
+    else:
+        palette = Image.fromarray(shown[None]).quantize(255)
+        image = Image.fromarray(np.ascontiguousarray(frame[..., :3]))
+        image = image.quantize(palette=palette, dither=Image.Dither.NONE)
+        image.paste(255, mask=Image.fromarray(~opaque))
+        palette = bytes(image.getpalette())
+    image.putpalette(palette.ljust(768, b"\0"))
     file = io.BytesIO()
     image.save(file, "GIF", optimize=False)
     return file.getvalue()
@@ -219,7 +288,8 @@ def save(images, kind, durations, **options):
 def write_animation(path, frames, durations):
     """Write frames by extension: .webp (lossless), .png (APNG), .gif (1-bit alpha). One frame: a still.
 
-    durations: one a frame, or one number. In WebP and APNG equal neighbours become one frame; the total stays."""
+    durations: one a frame, or one number. In WebP and APNG equal neighbours become one frame; the total stays, but of a
+    clip that stands still, which becomes a still."""
     kind = FORMATS.get(Path(path).suffix.lower())
     if kind not in ("GIF", "PNG", "WEBP"):
         raise UserError(f"{path}: unknown animation type; use .webp, .gif or .png")
@@ -229,7 +299,13 @@ def write_animation(path, frames, durations):
     else:
         options = dict(lossless=True, quality=80, exact=True) if kind == "WEBP" else {}
         content = save([Image.fromarray(f) for f in frames], kind, durations, **options)
-    Path(path).write_bytes(content)
+    write_bytes(path, content)
+
+
+def write_bytes(path, content):
+    """A file of this name, whole or not at all; its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
 PNG_LEVELS = ((1, 256), (1, 128), (2, 256), (2, 128), (2, 64), (4, 128), (4, 64), (4, 32), (4, 8))  # block, colours
@@ -288,6 +364,11 @@ def check_finished(content, platform):
     return sum(durations)
 
 
+def slug(name):
+    """A caption as the name of a file: "Red heart" -> "red-heart"."""
+    return re.sub(r"[^\w]+", "-", name.lower()).strip("-")[:60] or "sticker"
+
+
 def output_paths(out, names, platform=None):
     """A path for each sticker, in a folder or as `out` says: NAME, then NAME-2, NAME-3 where a name comes again."""
     path = Path(out or "")
@@ -299,8 +380,7 @@ def output_paths(out, names, platform=None):
         raise UserError(f"--out {out}: {platform} takes {suffix}")
     paths, numbers = {}, defaultdict(lambda: itertools.count(1))             # paths: a set in order
     for name in names:
-        slug = re.sub(r"[^\w]+", "-", name.lower()).strip("-")[:60] or "sticker"
-        stem = folder / slug if folder else path.with_suffix("")
+        stem = folder / slug(name) if folder else path.with_suffix("")
         numbered = (Path(f"{stem}-{i}{suffix}" if i > 1 else f"{stem}{suffix}") for i in numbers[stem])
         paths[next(path for path in numbered if path not in paths)] = None
     return list(paths)
@@ -321,7 +401,6 @@ def check_sheet(path):
 
 def contact_sheet(rows, path, labels=None, scale=2, marks=None):
     """Write a PNG on white: one row a clip (T, H, W, 4), its label above; a blue border where `marks` is true."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     gap, text = 4, 14 if labels else 0
     heights = [r.shape[1] * scale + text + gap for r in rows]
     width = gap + max(len(r) * (r.shape[2] * scale + gap) for r in rows)
@@ -338,7 +417,8 @@ def contact_sheet(rows, path, labels=None, scale=2, marks=None):
             sheet.paste(image, (x, y + text), image)
             if marks is not None and marks[i][j]:
                 draw.rectangle((x - 2, y + text - 2, x + w + 1, y + text + h + 1), outline="blue", width=2)
-    sheet.save(path, "PNG")
+    sheet.save(file := io.BytesIO(), "PNG")
+    write_bytes(path, file.getvalue())
 
 
 # ---- tensors

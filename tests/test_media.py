@@ -2,6 +2,7 @@
 import io
 import os
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -99,6 +100,31 @@ def test_gif_alpha_is_cut_at_half_and_many_colours_survive(tmp_path):
     back, opaque = media.read_animation(tmp_path / "a.gif")[0], NOISE[..., 3] >= 128
     assert np.array_equal(back[..., 3] == 255, opaque) and sum(media.gif_durations([33] * 30)) == 990
     assert np.abs(back[opaque][:, :3].astype(int) - NOISE[opaque][:, :3]).mean() < 25
+
+
+def test_a_gif_with_room_for_all_colours_keeps_them(tmp_path):
+    """255 greys and near blues, one step apart, and transparent ones."""
+    frames = np.zeros((2, 16, 16, 4), np.uint8)
+    frames[..., 3] = 255
+    frames[0, ..., :3] = np.arange(256).reshape(16, 16, 1) // 2
+    frames[1, ..., 2], frames[1, ..., 1] = np.arange(256).reshape(16, 16), 7
+    frames[:, 15, 15, 3] = 0
+    media.write_animation(tmp_path / "a.gif", frames, 50)
+    back = media.read_animation(tmp_path / "a.gif")[0]
+    assert np.array_equal(back * (back[..., 3:] > 0), frames * (frames[..., 3:] > 0))
+
+
+def test_words_of_the_program_are_no_reasons():
+    """Damage that makes Python stumble, and a JPEG of more passes over the picture than anybody needs."""
+    png = (CASES / "r9_rgba16.png").read_bytes()
+    header = png[16:29]
+    short = png[:8] + struct.pack(">I4s", 5, b"IHDR") + header[:5]
+    short += struct.pack(">I", zlib.crc32(b"IHDR" + header[:5])) + png[33:]
+    with pytest.raises(UserError, match=r"cannot be read as an image \(damaged\)"):
+        media.read_animation(short)
+    Image.new("RGB", (8, 8)).save(file := io.BytesIO(), "JPEG")
+    with pytest.raises(UserError, match="a JPEG of 602 scans; at most 500 can be read"):
+        media.read_animation(file.getvalue() + b"\xff\xda" * 601)
 
 
 @pytest.mark.parametrize("platform, kind, side, limit, seconds", [
