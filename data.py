@@ -11,7 +11,6 @@ Key frames: paper Fig. 3 and Table 6. Condition masks: paper Table 7. Every draw
 import argparse
 import functools
 import itertools
-import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -389,12 +388,12 @@ def source_of(o):
     outside = ", files outside too" if o.allow_outside else ""
     if o.command == "vsd2m":
         digest, total = sources.survey(o.manifest, o.root, o.limit, o.allow_outside, check=True)
-        name = f"vsd2m {o.manifest} {digest[:12]}" + (f", first {o.limit} lines" if o.limit else "") + outside
+        name = f"vsd2m {digest[:12]}" + (f", first {o.limit} lines" if o.limit else "") + outside
         read = functools.partial(sources.vsd2m_job, o.manifest, o.root, o.allow_outside)
         return name, lambda: itertools.islice(numbered_lines(o.manifest), o.limit), dict(total=total, read=read)
     jobs = list(sources.folder_jobs(Path(o.folder), o.allow_outside))
-    state = [[j["file"], j["caption"], os.path.exists(j["source"]) and os.path.getmtime(j["source"])] for j in jobs]
-    return f"folder {o.folder} {json_hash(state)[:12]}{outside}", lambda: jobs, dict(total=len(jobs))
+    state = [[j["file"], j["caption"], sources.content_of(j["source"])] for j in jobs]
+    return f"folder {json_hash(state)[:12]}{outside}", lambda: jobs, dict(total=len(jobs))
 
 
 def main(argv=None):

@@ -2,17 +2,18 @@
 
     python evaluate.py --run runs/dfgn                                   # six tasks: tables on stdout, RUN/eval.json
     python evaluate.py --run runs/dfgn --tasks t2v it2v --sheet out.png  # and the first clips of each task, not picked
-    python evaluate.py --run checkpoints/mini.safetensors                # the shipped weights; numbers in out/mini
+    python evaluate.py --run checkpoints/mini.safetensors                # the shipped weights; numbers in out/mini-HASH
     python evaluate.py --i3d i3d_pretrained_400.pt --dover DOVER.pth --clip open_clip_pytorch_model.bin
     python evaluate.py --compare runs/a runs/b                           # a row for each run that was evaluated
     python evaluate.py --table 3 --rows "DFGN=runs/ablations/sti-*" "DFGN + DDU=runs/ablations/ddu-*"  # or 1, 2, 4
 
-One sticker of each concept of a split, evenly spaced frames, on white, the masks of data.eval_mask. PSNR is of frames
-that are not given, beside copying the nearest given frame, blending the two around it, and the VAE's round trip.
-Distances (FVD, FD-app, FD-mot) compare whole clips, given frames included, with the real ones; their floor is as many
-real clips of other concepts. A distance depends on n: unequal sets are refused. Intervals are 95 %: bootstrap over
-concepts, in the paper's tables Student's t over seeds. Clips, losses and features are cached in RUN/eval and
-DATA/eval.
+One sticker of each concept of a split, evenly spaced frames, on white, the masks of data.eval_mask. Where frames are
+given, all is about the others: the prediction error is the squared error of their latents in one step from pure noise,
+PSNR is of their pooled errors, FD-app is theirs alone; FD-mot and FVD compare whole clips with the real ones. Beside
+the model stand copying the nearest given frame and blending the two around it, with paired intervals, and the VAE's
+round trip of the same frames, below which nothing can come; as many real clips of other concepts tell how large a
+distance is. A distance depends on n: unequal sets are refused. Intervals are 95 %: bootstrap over concepts, in the
+paper's tables Student's t over seeds. Clips, errors and features are cached in RUN/eval and DATA/eval.
 """
 import argparse
 import glob
@@ -27,22 +28,36 @@ from data import TASKS, StickerSet, eval_mask
 from lib import tables
 from lib.clip import clip_scores
 from lib.cpu import keep_memory
-from lib.distances import bootstrap, bootstrap_fd, by_clips, differences, extrapolate, frechet, on_white, psnr
+from lib.distances import (
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_fd,
+    by_clips,
+    differences,
+    extrapolate,
+    frechet,
+    on_white,
+    paired_interval,
+    psnr,
+    ratio,
+)
 from lib.dover import dover_fuse
 from lib.extractors import extractors, features_of
-from lib.files import UserError, cache_path, file_hash, read_json, rows, run_cli, write_json
+from lib.files import UserError, cache_path, check_outputs, file_hash, read_json, rows, run_cli, write_json
 from lib.index import SPLITS, Members
-from lib.judge import SHIPPED
+from lib.judge import SHIPPED, same_sticker
 from lib.media import check_sheet, contact_sheet, even_frames, to_rgba, to_tensor
 from lib.options import check_least
-from lib.peft import nearest_given
-from lib.standins import denoising_loss, fd_app, fd_mot
-from sample import DEFAULTS, Sampler
+from lib.standins import fd_app, fd_mot, looped, z0_errors
+from lib.weights import identity
+from model import fill_weights
+from sample import SETTINGS, Sampler, unknown_words
 
 ROOT = Path(__file__).parent
 PAPER = json.loads((ROOT / "assets/paper_tables.json").read_text())
-DISTANCES = {"FVD": ("i3d", frechet), "FD-app": ("local", fd_app), "FD-mot": ("local", fd_mot)}  # of which features
-DISTANT = {extractor for extractor, _ in DISTANCES.values()}
+DISTANCES = {"FVD": ("i3d", frechet), "FD-app": ("unknown", fd_app), "FD-mot": ("local", fd_mot)}  # of which features
+DISTANT = {"i3d", "local"}
+TIMESTEPS = 100, 300, 500, 700, 900, 999         # of errors in one step, of 1,000; the last is pure noise
 SAMPLING_CODE = ("data.py", "model.py", "sample.py", "lib/autoencoder.py", "lib/media.py", "lib/cpu.py",
                  "lib/peft.py")
 TABLES = {  # the paper's numbers of each task; Table 2 has one number for both predictions
@@ -67,27 +82,27 @@ def read_clips(stickers, records, T):
     return np.stack([stickers.clip(r, even_frames(r["n"], T)) for r in records])
 
 
-def to_white(rgba):
-    """(..., 4) uint8 straight RGBA -> (..., 3) uint8."""
-    return np.round(on_white(rgba) * 255).astype(np.uint8)
+def to_bytes(white):
+    """Floats in 0..1 -> uint8."""
+    return np.round(white * 255).astype(np.uint8)
 
 
-def copy_nearest(clips, mask):
-    """Each frame of clips (N, T, ...) replaced by the nearest given one; mask (T,)."""
-    return clips[:, nearest_given(torch.from_numpy(mask))]
+def filled(clips, mask, fill):
+    """Float clips (N, T, ...) made of their given frames alone, mask (T,). fill: nearest (each frame is its nearest
+    given one) or blend (linear between the two around it; stickers loop: after the last frame comes the first)."""
+    weights = fill_weights(torch.tensor(mask)[None], torch.tensor([len(mask)]), fill)[0].to(torch.float32).numpy()
+    return np.einsum("ts,ns...->nt...", weights, clips)
 
 
-def blend(clips, mask):
-    """Unknown frames of float clips (N, T, ...) mixed linearly from the given ones around them; mask (T,).
-
-    Stickers loop: after the last frame comes the first."""
-    out, given, T = clips.copy(), np.flatnonzero(mask), len(mask)
-    for t in np.flatnonzero(mask == 0):
-        back, forth = (t - given) % T, (given - t) % T                   # steps to every given frame, at least 1
-        before, after = clips[:, given[back.argmin()]], clips[:, given[forth.argmin()]]
-        share = back.min() / (back.min() + forth.min())
-        out[:, t] = (1 - share) * before + share * after
-    return out
+def baselines(real, decoded, mask):
+    """{name: clips} to be compared with a model's: real and decoded (the VAE's round trip), float (N, T, ...)."""
+    given = mask.reshape(1, -1, *[1] * (real.ndim - 2)) > 0
+    found = dict(vae=np.where(given, real, decoded))
+    if mask.any():
+        found.update(copy=filled(real, mask, "nearest"))
+    if mask.sum() > 1:                           # of one given frame the blend is the copy
+        found.update(blend=filled(real, mask, "blend"))
+    return found
 
 
 @torch.no_grad()
@@ -107,16 +122,20 @@ class Run:
     def __init__(self, path, args):
         path = Path(path)
         shared = path.is_file()                  # a model alone, such as checkpoints/mini.safetensors
-        self.folder, self.model = (Path("out") / path.stem, path) if shared else (path, path / "model.safetensors")
+        self.model = path if shared else path / "model.safetensors"
         if not self.model.is_file():
             raise UserError(f"--run {path}: no model.safetensors there; `python train.py --out {path}` trains one")
         trained = {} if shared else read_json(path / "config.json").get("train", {})
         self.args = args
         args.data = args.data or trained.get("data", ["data/fluent"])[0]
         self.sampler = Sampler(self.model, args.vae, clip_weights=args.clip_weights)
-        self.sha256, self.vae_sha256 = file_hash(self.model), file_hash(self.sampler.vae_file)
+        self.sha256, self.vae_sha256 = identity(self.model), identity(self.sampler.vae_file)
+        self.folder = Path("out") / f"{path.stem}-{self.sha256[:8]}" if shared else path     # of names there are twins
         self.code = {name: file_hash(ROOT / name) for name in SAMPLING_CODE}
-        self.settings = self.sampler.settings(**{name: getattr(args, name) for name in DEFAULTS})
+
+    def settings(self, task):
+        changes = {name: getattr(self.args, name) for name in SETTINGS}
+        return self.sampler.settings(task != "t2v", **changes)
 
     def cached(self, name, task, test, shape, dtype, batch, make, **more):
         """Rows of the test clips, kept under a hash of all that they depend on."""
@@ -127,23 +146,34 @@ class Run:
 
     def clips(self, task, test):
         """Clips (N, T, S, S, 4) uint8 for a task; clip k is seeded by (--seed, k)."""
-        prompts, mask = test.prompts(task), eval_mask(task, test.T, test.T)
+        prompts, mask, settings = test.prompts(task), eval_mask(task, test.T, test.T), self.settings(task)
 
         def make(part):
             real, seeds = test.clips[part], [(self.args.seed, k) for k in range(part.start, part.stop)]
             given = dict(frames=real, cond_mask=np.stack([mask] * len(real))) if mask.any() else {}
-            return self.sampler.sample(prompts[part], seeds, **given, **self.settings)
+            return self.sampler.sample(prompts[part], seeds, **given, **settings)
         return self.cached(task, task, test, test.clips.shape[1:], np.uint8, self.args.batch, make,
-                           vae=self.vae_sha256, **self.settings)
+                           vae=self.vae_sha256, **settings)
 
-    def loss(self, task, test):
-        """(N,) denoising loss of a task's unknown frames."""
-        prompts, mask = test.prompts(task), eval_mask(task, test.T, test.T)
+    def timesteps(self):
+        """TIMESTEPS of the model's schedule."""
+        steps = self.sampler.config.diffusion.steps
+        return [*(t * steps // 1000 for t in TIMESTEPS[:-1]), steps - 1]
+
+    def errors(self, task, test, text=True):
+        """(N, timesteps, T) squared errors of latents predicted in one step, with the captions or without."""
+        prompts, mask = test.prompts(task) if text else [""] * len(test.files), eval_mask(task, test.T, test.T)
 
         def make(_):
-            return denoising_loss(self.sampler, test.clips, prompts, mask, self.args.seed, self.args.batch)
-        code = file_hash(ROOT / "lib/standins.py")
-        return self.cached(f"loss-{task}", task, test, (), np.float32, len(test.files), make, loss=code)
+            return z0_errors(self.sampler, test.clips, prompts, mask, self.args.seed, self.args.batch, self.timesteps())
+        return self.cached(f"errors-{task}", task, test, (len(TIMESTEPS), test.T), np.float32, len(test.files), make,
+                           by=file_hash(ROOT / "lib/standins.py"), text=text)
+
+    def latents(self, test):
+        """(N, T, c, h, w) of the test clips."""
+        parts = [test.clips[i:i + self.args.batch] for i in range(0, len(test.files), self.args.batch)]
+        with torch.no_grad():
+            return torch.cat([self.sampler.known_latents(x, torch.ones(x.shape[:2])) for x in parts]).cpu().numpy()
 
 
 class EvalSet:
@@ -165,17 +195,31 @@ class EvalSet:
         self.captions, self.files, self.concepts = ([r[key] for r in records] for key in ("caption", "file", "concept"))
         self.folder, self.extractors = Path(args.data) / "eval", extractors(args, T, self.concepts)
         self.clips, self.floor = read_clips(stickers, records, T), None
-        self.real = self.features(self.folder, self.clips)
+        self.white = on_white(self.clips)
+        nothing = np.zeros(T, np.float32)
+        self.real = self.features(self.folder, self.white, nothing)
         if len(others) == n:                     # a distance depends on n; with fewer there is no floor
-            other = self.features(self.folder, read_clips(stickers, others, T), DISTANT)
+            other = self.features(self.folder, on_white(read_clips(stickers, others, T)), nothing, DISTANT)
             self.floor = distances(self.real, other, args.seed, paired=False)
 
     def prompts(self, task):
         """What the network is told of each clip; i2v has no text."""
         return [""] * len(self.captions) if task == "i2v" else self.captions
 
-    def features(self, folder, clips, names=None):
-        return features_of(self.extractors, folder, to_white(clips), names)
+    def features(self, folder, white, mask, names=None):
+        """{extractor: (N, width)} of float clips on white; "unknown": the stand-in's of frames that are not given."""
+        white = to_bytes(white)
+        found = features_of(self.extractors, folder, white, names)
+        others = looped(white[:, mask == 0])
+        unknown = features_of(self.extractors, folder, others, {"local"}) if mask.any() else found
+        return {**found, "unknown": unknown["local"]}
+
+    def same_sticker(self, folder, white, mask):
+        """(N,) 1.0 where the judge puts unknown frames nearest to their own given ones; None without judge or mask."""
+        if not mask.any() or not any(x.name == "judge" for x in self.extractors):
+            return None
+        shown = to_bytes(white[:, mask == 0]), to_bytes(self.white[:, mask > 0])
+        return same_sticker(*(features_of(self.extractors, folder, x, {"judge"})["judge"] for x in shown))
 
     def scores(self, features, task):
         """{metric: (N,)} of all metrics that have a value for each clip."""
@@ -199,17 +243,43 @@ def mean_of(values, seed):
 
 
 def psnr_of(clips, real, decoded, mask, seed):
-    """PSNR of the unknown frames, dB: {model, copy, blend, vae, model - copy: mean, interval, clips}; None for t2v.
+    """PSNR of the pooled errors of unknown frames, dB: {model, vae, copy, blend, model - copy, model - blend: value,
+    interval}; None for t2v. Copies and blends are of frames through the VAE, as the model's are.
 
     clips, real, decoded (the VAE's round trip): (N, T, S, S, 3) float on white."""
     if not mask.any():
         return None
-    others = dict(model=clips, copy=copy_nearest(real, mask), vae=decoded)
-    if mask.sum() > 1:                                   # of one given frame the blend is the copy
-        others["blend"] = blend(real, mask)
-    values = {name: psnr(x[:, mask == 0], real[:, mask == 0]) for name, x in others.items()}
-    values["model - copy"] = values["model"] - values["copy"]
-    return {name: mean_of(v, seed) for name, v in values.items()}
+    shown = dict(model=clips, **baselines(decoded, decoded, mask))
+    errors = {name: ((x - real)[:, mask == 0] ** 2).mean((1, 2, 3, 4)) for name, x in shown.items()}
+    found = {name: paired_interval(psnr, e, seed=seed) for name, e in errors.items()}
+    for name in errors.keys() - {"model", "vae"}:
+        found[f"model - {name}"] = paired_interval(lambda a, b: psnr(a) - psnr(b), errors["model"], errors[name],
+                                                   seed=seed)
+    return found
+
+
+def predictions_of(run, test, task, latents):
+    """What the network says in one step of frames that are not given; None for t2v. latents: those of the test clips.
+
+    {copy, blend: errors of the baselines; over copying, over blending, no caption, over copying, caption over none:
+    ratios of mean errors in one step from pure noise; over t2v: {timestep: ratio to t2v's on the same frames}}."""
+    mask, seed = eval_mask(task, test.T, test.T), run.args.seed
+    if not mask.any():
+        return None
+    unknown = mask == 0
+
+    def of_unknown(task, text=True):
+        return run.errors(task, test, text)[:, :, unknown].mean(2)               # (N, timesteps)
+    with_text, without, t2v = of_unknown(task), of_unknown(task, False), of_unknown("t2v")
+    found = {}
+    for name, fill in (("copy", "nearest"), ("blend", "blend")):
+        found[name] = ((filled(latents, mask, fill) - latents) ** 2).mean((2, 3, 4))[:, unknown].mean(1)
+    ratios = {"over copying": (with_text[:, -1], found["copy"]), "over blending": (with_text[:, -1], found["blend"]),
+              "no caption, over copying": (without[:, -1], found["copy"]),
+              "caption over none": (with_text[:, -1], without[:, -1])}
+    at = {t: paired_interval(ratio, with_text[:, i], t2v[:, i], seed=seed) for i, t in enumerate(run.timesteps())}
+    return {**{name: mean_of(errors, seed) for name, errors in found.items()}, "over t2v": at,
+            **{name: paired_interval(ratio, *pair, seed=seed) for name, pair in ratios.items()}}
 
 
 def distances(reference, other, seed, paired=True):
@@ -228,34 +298,59 @@ def distances(reference, other, seed, paired=True):
     return result
 
 
-def measure_task(run, test, task, decoded):
-    """(given, psnr, fd, fd_copy, scores as a dictionary; the clips) of a task; decoded: the VAE's round trip."""
+def compare_distances(real, features, seed):
+    """{copy, blend: {distance: value, interval}}: the model's less the baseline's, paired by concept.
+
+    features: {"model" and the baselines: {extractor: (N, width)}}."""
+    def runs(name):
+        return {d: (lambda rows, a=real[x], b=features[name][x], f=f: f(a[rows].astype(float), b[rows].astype(float)))
+                for d, (x, f) in DISTANCES.items() if x in features[name]}
+    mine, n = runs("model"), len(real["local"])
+    return {name: {d: bootstrap_difference([other], [mine[d]], n, seed=seed) for d, other in runs(name).items()}
+            for name in features.keys() & {"copy", "blend"}}
+
+
+def measure_task(run, test, task, decoded, latents):
+    """(all numbers of a task as eval.json has them, its clips). decoded: the VAE's round trip of the test clips, on
+    white; latents: theirs."""
     mask, clips, seed = eval_mask(task, test.T, test.T), run.clips(task, test), run.args.seed
-    features, copied = test.features(run.folder / "eval", clips), None
-    if mask.any():
-        copied = distances(test.real, test.features(test.folder, copy_nearest(test.clips, mask), DISTANT), seed)
-    scores = dict(loss=run.loss(task, test), **test.scores(features, task))
-    return dict(given=np.flatnonzero(mask).tolist(), fd=distances(test.real, features, seed), fd_copy=copied,
-                psnr=psnr_of(on_white(clips), on_white(test.clips), on_white(decoded), mask, seed),
+    white, folder = on_white(clips), run.folder / "eval"
+    shown = dict(model=white, **baselines(test.white, decoded, mask))
+    real = test.features(test.folder, test.white, mask, DISTANT)
+    features = {name: test.features(folder, x, mask, *([DISTANT] if name != "model" else []))
+                for name, x in shown.items()}
+    errors = run.errors(task, test)[:, :, mask == 0].mean(2)
+    weights = run.sampler.net.diffusion.z0_weight(torch.tensor(run.timesteps()[:-1])).cpu().numpy()
+    scores = {"loss": (errors[:, :-1] * weights).mean(1), "prediction error": errors[:, -1],
+              **test.scores(features["model"], task)}
+    same = {name: test.same_sticker(folder, x, mask) for name, x in (("model", white), ("real", test.white))}
+    if same["model"] is not None:
+        scores.update({"same sticker": same["model"], "same sticker, real": same["real"]})
+    return dict(given=np.flatnonzero(mask).tolist(), sampler=run.settings(task),
+                fd={name: distances(real, x, seed) for name, x in features.items()},
+                fd_less=compare_distances(real, features, seed), psnr=psnr_of(white, test.white, decoded, mask, seed),
+                prediction=predictions_of(run, test, task, latents),
                 scores={name: mean_of(v, seed) for name, v in scores.items()}), clips
 
 
 def measure(run, test):
     """(all numbers of a run as eval.json has them, {task: clips})."""
     args, tasks, made = run.args, {}, {}
-    decoded = round_trip(run.sampler.vae, test.clips, args.batch)
+    decoded, latents = on_white(round_trip(run.sampler.vae, test.clips, args.batch)), run.latents(test)
     for task in args.tasks:
-        tasks[task], made[task] = measure_task(run, test, task, decoded)
+        tasks[task], made[task] = measure_task(run, test, task, decoded, latents)
     groups = f" ({', '.join(args.groups)})" if args.groups else ""
-    settings = ", ".join(f"{name} {value}" for name, value in run.settings.items())
+    kinds = {"text alone": "t2v", "frames given": "it2v"}
+    settings = "; ".join(f"{kind}: " + ", ".join(f"{name} {value}" for name, value in run.settings(task).items())
+                         for kind, task in kinds.items())
     protocol = (f"{args.split} split of {args.data}{groups}, n = {len(test.files)} concepts, seed {args.seed}; "
                 f"{settings}; {test.T} evenly spaced frames, {test.size} px, on white; 95 % intervals")
     report = dict(model=str(run.model), sha256=run.sha256, vae_sha256=run.vae_sha256,
                   step=run.sampler.meta["step"], n=len(test.files), seed=args.seed, split=args.split,
                   data=args.data, groups=args.groups, set=test.set_hash, files=test.files,
-                  sampler=run.settings, protocol=protocol, tasks=tasks,
+                  asked={name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None},
+                  protocol=protocol, tasks=tasks,
                   metrics=[x.describe(test.T, test.size) for x in test.extractors],
-                  vae=distances(test.real, test.features(run.folder / "eval", decoded, DISTANT), args.seed),
                   floor=test.floor, real={k: mean_of(v, args.seed) for k, v in test.scores(test.real, "t2v").items()})
     return report, made
 
@@ -263,12 +358,16 @@ def measure(run, test):
 def evaluate(args):
     """All about --run: tables on stdout, RUN/eval.json, a sheet of the first clips, each above its ground truth."""
     run = Run(args.run, args)
+    out = Path(args.out or run.folder / "eval.json")
+    inputs = [("--run", run.model), *((f"--{name}", getattr(args, name)) for name in ("vae", "judge", "i3d", "dover"))]
+    check_outputs([("--out", out), ("--sheet", args.sheet)], inputs)
     test = EvalSet(args, run.sampler.T, run.sampler.size)
+    if unknown := [caption for caption in test.captions if unknown_words(run.sampler.net, caption)[0]]:
+        print(f"{len(unknown)} of {len(test.captions)} captions have words that the network does not know, such as "
+              f"{unknown[0]!r}")
     report, made = measure(run, test)
-    tasks, out = report["tasks"], Path(args.out or run.folder / "eval.json")
     write_json(out, report)
-    found = (tables.psnr_table(tasks), tables.distance_table(tasks, report["vae"], test.floor),
-             tables.score_table(tasks, report["real"]))
+    found = tables.all_of(report)
     hashes = f"SHA-256 {run.sha256[:12]}, VAE's {run.vae_sha256[:12]}"
     print(f"{run.model} ({hashes}, step {report['step']}); {report['protocol']}",
           "\n".join(report["metrics"]), *filter(None, found), out, sep="\n\n")
@@ -297,44 +396,48 @@ def find_rows(options):
 
 
 def numbers_of(task):
-    """{metric: number} of a task of a report; PSNR in dB over copying the nearest given frame."""
-    found = {name: task["fd"][name]["value"] for name in DISTANCES if name in task["fd"]}
-    found.update({name: score["mean"] for name, score in task["scores"].items()})
-    return {**found, "dB over copying": task["psnr"]["model - copy"]["mean"]}
+    """{metric: number} of a task of a report."""
+    found = {name: task["fd"]["model"][name]["value"] for name in DISTANCES if name in task["fd"]["model"]}
+    return {**found, **{name: score["mean"] for name, score in task["scores"].items()}}
 
 
 def table(args):
     """Table 1, 2, 3 or 4: the paper's numbers beside those of the runs of --rows; markdown on stdout, a JSON file."""
     found, keys, reports, features, test = find_rows(args.rows), TABLES[args.table], {}, {}, None
-    args.tasks = list(keys)
+    args.tasks, out = list(keys), args.out or f"out/table-{args.table}.json"
+    check_outputs([("--out", out)])
     for folder in (folder for folders in found.values() for folder in folders):
         run = Run(folder, args)                          # one network in memory at a time
         test = test or EvalSet(args, run.sampler.T, run.sampler.size)
         if (run.sampler.T, run.sampler.size) != (test.T, test.size):
             raise UserError(f"--rows {folder}: clips of another length or size than those of the first run")
         reports[folder], made = measure(run, test)
-        features[folder] = {task: test.features(run.folder / "eval", clips, DISTANT) for task, clips in made.items()}
+        masks = {task: eval_mask(task, test.T, test.T) for task in made}
+        features[folder] = {task: test.features(run.folder / "eval", on_white(clips), masks[task], DISTANT)
+                            for task, clips in made.items()}
     tables.check_alike("--rows", reports)
     report = next(iter(reports.values()))
     head = (f"Table {args.table}: {report['protocol']} of means over seeds by Student's t. The paper's numbers are of "
             "VSD2M at 256 px: compare orders, not values")
     text, numbers = [head, *report["metrics"]], {}
     for task, key in keys.items():
-        copied, floor = ({k: d[k]["value"] for k in DISTANCES if d and k in d}
-                         for d in (report["tasks"][task]["fd_copy"], test.floor))
-        ours = {"real, other concepts": [floor], "copy nearest": [{**copied, "dB over copying": 0.0}]}
+        measured = report["tasks"][task]
+        real = test.features(test.folder, test.white, eval_mask(task, test.T, test.T), DISTANT)
+        copied, vae, floor = ({k: d[k]["value"] for k in DISTANCES if d and k in d}
+                              for d in (measured["fd"]["copy"], measured["fd"]["vae"], test.floor))
+        ours = {"real, other concepts": [floor], "VAE round trip": [vae],
+                "copy nearest": [{**copied, "prediction error": measured["prediction"]["copy"]["mean"]}]}
         for row, folders in found.items():
             ours[row] = [numbers_of(reports[folder]["tasks"][task]) for folder in folders]
         numbers[task] = dict(paper=PAPER[key]["rows"], ours=ours)
         text += [f"**{task}**", tables.paper_table(**numbers[task])]
         if len(found) > 1:
-            pairs = {folder: {name: (distance, test.real[x], made[task][x]) for name, (x, distance) in DISTANCES.items()
+            pairs = {folder: {name: (distance, real[x], made[task][x]) for name, (x, distance) in DISTANCES.items()
                               if x in made[task]} for folder, made in features.items()}
             runs = {row: [by_clips(reports[folder]["tasks"][task], pairs[folder]) for folder in folders]
                     for row, folders in found.items()}
             numbers[task]["differences"] = differences(runs, len(test.files), args.seed)
             text.append(tables.difference_table(numbers[task]["differences"]))
-    out = args.out or f"out/table-{args.table}.json"
     write_json(out, dict(head=head, metrics=report["metrics"], runs=found, tasks=numbers))
     print(*text, out, sep="\n\n")
 

@@ -22,11 +22,22 @@ from lib.autoencoder import VAE
 from lib.cpu import Conv3x3, Linear, attend
 from lib.files import UserError, file_hash
 from lib.options import apply_changes, check_config, check_value, dataclass_from_dict
-from lib.peft import zero_
-from lib.weights import SD_SCALE, is_own, load_adapter, load_model, load_strict, read_sd_vae
+from lib.peft import nearest_given, zero_
+from lib.weights import (
+    SD_SCALE,
+    identity,
+    is_own,
+    load_adapter,
+    load_model,
+    load_strict,
+    model_file,
+    names_of,
+    read_sd_vae,
+)
 
 END = 49407                               # open_clip's token after a caption
 UNKNOWN = 258                             # its token of the word "#"
+FADE = 16                                 # how fast given frames' share in z_t fades: sigma ** 16 is a half at t = 571
 
 
 # ---- configs
@@ -77,6 +88,7 @@ class DFGNConfig:
     sti_head_dim: int = 32
     temporal: str = "sti"                 # sti: the paper's layer; conv3d: its ablation DFGN(3D-Conv); none: a base
     known: bool = True                    # given frames are an input; False: a text-to-video base (lib/peft.py)
+    given: str = "difference"             # to a fill from given frames is diffused; zeros: other frames' input (paper)
     pool_text: bool = True                # add the mean text feature to the time embedding
 
 
@@ -92,6 +104,15 @@ class DiffusionConfig:
 
 
 @dataclass
+class SamplingConfig:                     # what sample.py does unless it is told otherwise
+    steps: int = 10                       # of DDIM
+    eta: float = 0.0                      # fresh noise: 0 none, 1 as much as DDPM
+    text_scale: float = 3.0               # text guidance where no frame is given
+    given_text_scale: float = 1.0         # text guidance where frames are given
+    image_scale: float = 2.0              # guidance by the given frames
+
+
+@dataclass
 class Config:
     name: str = "mini"
     frames: int = 8                       # T
@@ -99,11 +120,13 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     dfgn: DFGNConfig = field(default_factory=DFGNConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     @staticmethod
     def from_dict(d):
         """The inverse of to_dict; a missing part has its defaults. KeyError, TypeError, ValueError: it does not fit."""
-        parts = dict(vae=VAEConfig, text=TextConfig, dfgn=DFGNConfig, diffusion=DiffusionConfig)
+        parts = dict(vae=VAEConfig, text=TextConfig, dfgn=DFGNConfig, diffusion=DiffusionConfig,
+                     sampling=SamplingConfig)
         made = {part: dataclass_from_dict(kind, d[part], part) for part, kind in parts.items() if part in d}
         for name in ("name", "frames"):
             check_value(name, d.get(name, getattr(Config, name)), getattr(Config, name))
@@ -338,27 +361,46 @@ class Layer(nn.Module):
         return self.temporal(self.spatial(x, clip), clip) if self.attend else x
 
 
+def fill_weights(cond_mask, count, fill):
+    """(B, T) condition mask, (B,) real frames -> (B, T, T): how much of each given frame every frame is filled with.
+
+    Linear between the given frames around it, in a loop of the clip's real frames, as stickers are: a given frame is
+    filled with itself. Rows of a clip without given frames are zero."""
+    T, n = cond_mask.shape[1], count[:, None, None].long()
+    places = torch.arange(T, device=n.device)
+    if fill == "nearest":
+        return F.one_hot(nearest_given(cond_mask), T) * cond_mask.amax(1)[:, None, None]
+    back = (places[:, None] - places) % n + 2 * T * (cond_mask[:, None] == 0)    # (B, T, T) steps to each given one
+    forth = (places - places[:, None]) % n + 2 * T * (cond_mask[:, None] == 0)
+    (back, before), (forth, after) = back.min(2), forth.min(2)
+    share = (forth / (back + forth).clamp(min=1)).where(back > 0, 1.0)[..., None]
+    filled = share * F.one_hot(before, T) + (1 - share) * F.one_hot(after, T)
+    return filled * cond_mask.amax(1)[:, None, None]
+
+
 class KnownEncoder(nn.Module):
-    """Known frames and their mask -> features as wide as a latent: per-frame convolutions, then attention over time."""
+    """Filled frames and the mask of given ones -> features as wide as a latent, beside what they are made of:
+    per-frame convolutions, then attention over time."""
 
     def __init__(self, channels):
         super().__init__()
-        self.width = width = max(16, channels)
-        self.convs = nn.Sequential(nn.Conv2d(channels + 1, width, 3, padding=1), nn.SiLU(),
-                                   nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
-                                   nn.Conv2d(width, channels, 3, padding=1))
-        self.widen = nn.Linear(channels, width)
-        self.attn = Attention(width, 1, width)
-        self.narrow = zero_(nn.Linear(width, channels))
+        hidden, self.width = max(16, channels), 4 * channels
+        self.convs = nn.Sequential(nn.Conv2d(channels + 1, hidden, 3, padding=1), nn.SiLU(),
+                                   nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(),
+                                   nn.Conv2d(hidden, channels, 3, padding=1))
+        self.widen, self.norm = nn.Linear(channels + 1, self.width), nn.LayerNorm(self.width)
+        self.attn = Attention(self.width, 4, channels)
+        self.narrow = nn.Linear(self.width, channels)
 
     def forward(self, known, cond_mask, clip):
         """known (B, T, c, h, w), cond_mask (B, T) -> (B*T, c, h, w)."""
         given = cond_mask[:, :, None, None, None].expand(-1, -1, 1, *known.shape[3:])
-        x = self.convs(torch.cat([known, given], 2).flatten(0, 1))
-        h = self.widen(rearrange(x, "(b t) c h w -> (b h w) t c", t=clip.frames))
-        h = h + sinusoid(torch.arange(clip.frames, device=x.device), self.width).to(h.dtype)
-        h = self.narrow(self.attn(h, mask=clip.cell_mask(x.shape[2] * x.shape[3])))
-        return x + rearrange(h, "(b h w) t c -> (b t) c h w", h=x.shape[2], w=x.shape[3])
+        known = torch.cat([known, given], 2).flatten(0, 1)
+        h = self.widen(rearrange(known, "(b t) c h w -> (b h w) t c", t=clip.frames))
+        h = self.norm(h + sinusoid(torch.arange(clip.frames, device=h.device), self.width).to(h.dtype))
+        h = self.narrow(self.attn(h, mask=clip.cell_mask(known.shape[2] * known.shape[3])))
+        h = rearrange(h, "(b h w) t c -> (b t) c h w", h=known.shape[2], w=known.shape[3])
+        return known[:, :-1] + self.convs(known) + h
 
 
 class DFGN(nn.Module):
@@ -468,6 +510,10 @@ class TextEncoder(nn.Module):
         rows = rows.clamp(max=len(self.vocabulary) - 1)
         return torch.where(self.vocabulary[rows] == tokens, rows, unknown)
 
+    def knows(self, tokens):
+        """Which tokens have an embedding, bool of the same shape."""
+        return torch.isin(tokens, self.vocabulary)
+
     def forward(self, tokens):
         """tokens (B, L) int64 -> features (B, L', width) and mask (B, L'), cut to the longest caption.
 
@@ -522,10 +568,15 @@ class Diffusion(nn.Module):
 
         The limit is that of min-SNR (Hang et al. 2023), in units of z0's error."""
         noise = 1 - self.alphas_cumprod[t]
+        of_z0 = self.z0_weight(t)
+        return (of_z0 * {"eps": noise / (1 - noise), "v": noise, "z0": 1}[self.config.prediction]).float()
+
+    def z0_weight(self, t):
+        """The same (B,) for a squared error of z0, float64."""
+        noise = 1 - self.alphas_cumprod[t]
         if self.config.prediction == "eps":
-            return torch.ones_like(noise, dtype=torch.float32)
-        of_z0 = (1 / noise).clamp(max=self.config.max_weight) if self.config.max_weight else 1 / noise
-        return (of_z0 if self.config.prediction == "z0" else of_z0 * noise).float()
+            return (1 - noise) / noise
+        return (1 / noise).clamp(max=self.config.max_weight) if self.config.max_weight else 1 / noise
 
     def to_eps(self, pred, z_t, t):
         """The network's output at z_t as predicted noise."""
@@ -533,6 +584,13 @@ class Diffusion(nn.Module):
         if self.config.prediction == "z0":
             return (z_t - signal * pred) / sigma
         return pred if self.config.prediction == "eps" else signal * pred + sigma * z_t
+
+    def to_z0(self, pred, z_t, t):
+        """The network's output at z_t as predicted latents."""
+        signal, sigma = self.coefficients(t, z_t.dtype)
+        if self.config.prediction == "eps":
+            return (z_t - sigma * pred) / signal
+        return pred if self.config.prediction == "z0" else signal * z_t - sigma * pred
 
 
 class RDTF(nn.Module):
@@ -545,31 +603,49 @@ class RDTF(nn.Module):
         self.text = TextEncoder(config.text) if config.text.kind == "small" else None
         self.dfgn = DFGN(config.dfgn)
         self.diffusion = Diffusion(config.diffusion)
-        self.replace_given = False  # I2V-Adapter: given frames stand in z_t themselves, and have no loss
 
     def encode_text(self, tokens):
         """tokens (B, L) -> features (B, L', D), mask (B, L'). A frozen tower's features pass, with mask None."""
         return self.text(tokens) if self.text is not None else (tokens, None)
 
     def predict(self, z_t, t, context, context_mask, z_known, cond_mask, loss_mask):
-        """The network's output (B, T, c, h, w), float32. z_known: the given frames' latents where cond_mask is 1."""
+        """(output, x_t, base), each (B, T, c, h, w): what the network says at x_t, of the difference to base.
+
+        z_known: the given frames' latents where cond_mask is 1. Every frame is filled from them; the network sees the
+        fill, and in the place of z_t the noisy difference to it, in which given frames are clean. The paper's way
+        (zeros) has z_t as it is, zeros in frames that are not given, and no base."""
         cond_mask = cond_mask * loss_mask  # padding is never given
         given = cond_mask[:, :, None, None, None] > 0
-        known = z_known.where(given, 0)
-        if self.replace_given:
-            z_t = z_known.where(given, z_t)
-        return self.dfgn(z_t, t, context, known, cond_mask, loss_mask, context_mask).float()
+        known, x_t, base = z_known.where(given, 0), z_t, torch.zeros_like(z_t)
+        if self.config.dfgn.given == "difference":
+            weights = fill_weights(cond_mask, loss_mask.sum(1), "blend").to(known.dtype)
+            known = torch.einsum("bts,bschw->btchw", weights, known)
+            signal, sigma = self.diffusion.coefficients(t, z_t.dtype)
+            base = sigma ** FADE * known
+            x_t = (signal * (known - base)).where(given, z_t - signal * base)
+        return self.dfgn(x_t, t, context, known, cond_mask, loss_mask, context_mask).float(), x_t, base
 
     def eps(self, z_t, t, context, context_mask, z_known, cond_mask, loss_mask):
         """Predicted noise (B, T, c, h, w) at z_t; context and its mask as encode_text gives them."""
-        return self.diffusion.to_eps(self.predict(z_t, t, context, context_mask, z_known, cond_mask, loss_mask), z_t, t)
+        pred, x_t, base = self.predict(z_t, t, context, context_mask, z_known, cond_mask, loss_mask)
+        eps = self.diffusion.to_eps(pred, x_t, t)
+        if self.config.dfgn.given == "difference":  # the noise of given frames is known
+            signal, sigma = self.diffusion.coefficients(t, z_t.dtype)
+            eps = ((z_t - signal * z_known) / sigma).where((cond_mask * loss_mask)[:, :, None, None, None] > 0, eps)
+        return eps
+
+    def z0(self, z_t, t, context, context_mask, z_known, cond_mask, loss_mask):
+        """Predicted latents (B, T, c, h, w) at z_t, arguments as of eps."""
+        pred, x_t, base = self.predict(z_t, t, context, context_mask, z_known, cond_mask, loss_mask)
+        return base + self.diffusion.to_z0(pred, x_t, t)
 
     def forward(self, z0, tokens, t, noise, cond_mask, loss_mask):
-        """Loss of each clip (B,): the weighted squared error, mean over its real frames alone, whatever T is."""
+        """Loss of each clip (B,): the weighted squared error, mean over the real frames that are asked for, all in t2v;
+        with given = zeros (paper) over all real frames."""
         z_t = self.diffusion.add_noise(z0, noise, t)
-        pred = self.predict(z_t, t, *self.encode_text(tokens), z0, cond_mask, loss_mask)
-        error = ((pred - self.diffusion.target(z0, noise, t)) ** 2).mean((2, 3, 4))  # (B, T)
-        counted = loss_mask * (1 - cond_mask) if self.replace_given else loss_mask
+        pred, _, base = self.predict(z_t, t, *self.encode_text(tokens), z0, cond_mask, loss_mask)
+        error = ((pred - self.diffusion.target(z0 - base, noise, t)) ** 2).mean((2, 3, 4))  # (B, T)
+        counted = loss_mask if self.config.dfgn.given == "zeros" else loss_mask * (1 - cond_mask)
         return self.diffusion.weight(t) * (error * counted).sum(1) / counted.sum(1)
 
 
@@ -577,21 +653,25 @@ class RDTF(nn.Module):
 SD_VAE = VAEConfig(size=256, image_channels=3, patch=1, widths=(128, 256, 512, 512), layers=2, latent_channels=4,
                    groups=32, shortcut=False, kl_weight=1e-6)
 
+TABLE6 = SamplingConfig(steps=50, eta=1.0, text_scale=7.5, given_text_scale=7.5, image_scale=7.5)
+
 PRESETS = {
     "tiny": Config(  # tests: seconds
         name="tiny", vae=VAEConfig(size=16, patch=2, widths=(8, 16, 16), latent_channels=16, groups=4),
         text=TextConfig(width=16, layers=1),
-        dfgn=DFGNConfig(channels=16, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_head_dim=8)),
+        dfgn=DFGNConfig(channels=16, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_head_dim=8),
+        sampling=TABLE6),
     "mini": Config(),  # 2 CPU cores, 64 px
     "paper": Config(  # Table 6: 0.960 B parameters, 256 px, the VAE of Stable Diffusion
         name="paper",
         vae=SD_VAE,
         text=TextConfig(kind="open_clip", width=1024, layers=24),
         dfgn=DFGNConfig(channels=4, widths=(320, 640, 1024, 1280), layers=2, head_dim=64, stem_heads=8, ff_mult=4,
-                        text_width=1024, groups=32, sti_heads=8, sti_head_dim=32, pool_text=False),
-        diffusion=DiffusionConfig(prediction="eps", terminal=0.0, max_weight=0.0)),
+                        text_width=1024, groups=32, sti_heads=8, sti_head_dim=32, pool_text=False, given="zeros"),
+        diffusion=DiffusionConfig(prediction="eps", terminal=0.0, max_weight=0.0), sampling=TABLE6),
 }
-BASE = dict(temporal="none", known=False)  # what the compared methods tune: 1.3 times the parameters of RDTF
+# What the compared methods tune: 1.3 times the parameters of RDTF.
+BASE = dict(temporal="none", known=False, given="difference")
 for name, of, changes in (("tiny-base", "tiny", {}), ("base", "mini", dict(widths=(112, 224), ff_mult=3)),
                           ("paper-base", "paper", dict(widths=(384, 768, 1280, 1280)))):
     PRESETS[name] = replace(PRESETS[of], name=name, dfgn=replace(PRESETS[of].dfgn, **BASE, **changes))
@@ -613,7 +693,8 @@ def preset(name, changes=()):
 def load_rdtf(path):
     """(RDTF in eval mode, metadata) of a model.safetensors that train.py wrote. UserError for any other file.
 
-    An adapter's file names its base, which is loaded first."""
+    An adapter's file names its base, which is loaded first. path: the file, or the run's folder."""
+    path = model_file(path)
     if is_own(path, "adapter"):
         return load_adapter(path, load_rdtf, peft.inject)
     return load_model(path, "dfgn", lambda config: RDTF(Config.from_dict(config)), "train one with `python train.py`")
@@ -623,14 +704,19 @@ def load_vae(path):
     """(VAE in eval mode, metadata) of a model.safetensors of the VAE stage, or of Stable Diffusion's weights.
 
     Those, a VAE or a full checkpoint, are standardised by their scaling factor; metadata["any_size"] is then true.
-    metadata["latents"]: the hash of the file whose encoder it has, by which a DFGN knows it. UserError for others."""
+    metadata["latents"]: identity of the VAE whose encoder it has, by which a DFGN knows it; metadata["names"]: all that
+    a DFGN may have for it. UserError for others."""
+    path = model_file(path)
     if not Path(path).is_file() or is_own(path):
         net, metadata = load_model(path, "vae", lambda config: VAE(Config.from_dict(dict(vae=config["vae"])).vae),
                                    "train one with `python train.py --stage vae`")
-        return net, {"latents": file_hash(path), **metadata}
+        known = metadata.get("latents")          # of a decoder that was tuned behind another VAE's encoder
+        names = [known] if known else sorted(names_of(path))
+        return net, {"latents": known or identity(path), **metadata, "names": names}
     weights, net = read_sd_vae(path), VAE(SD_VAE)
     weights.update(latent_mean=net.latent_mean, latent_std=torch.full_like(net.latent_std, 1 / SD_SCALE))
-    metadata = dict(kind="vae", config=dict(vae=asdict(SD_VAE)), any_size=True, latents=file_hash(path))
+    found = file_hash(path)
+    metadata = dict(kind="vae", config=dict(vae=asdict(SD_VAE)), any_size=True, latents=found, names=[found])
     return load_strict(net, weights, "--vae", path), metadata
 
 

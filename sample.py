@@ -10,6 +10,8 @@ Given frames come back exactly (in .webp and .png, at the preset's size). Sample
 the batch size.
 """
 import argparse
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +21,14 @@ from tqdm import tqdm
 from data import TASKS, tokenize
 from lib import media
 from lib.cpu import keep_memory
-from lib.files import UserError, run_cli
+from lib.files import UserError, check_outputs, run_cli
 from lib.options import check_least, flag
 from lib.towers import tower_for
 from lib.weights import find_file
 from model import END, load_rdtf, load_vae
 
-DEFAULTS = dict(steps=50, eta=1.0, text_scale=7.5, image_scale=7.5)     # paper Table 6
 SHIPPED = Path(__file__).parent / "checkpoints/mini.safetensors"
-MINI = dict(steps=10, eta=0.0, text_scale=3.0, image_scale=3.0)
+SETTINGS = "steps", "eta", "text_scale", "image_scale"  # options; their defaults are the model's, see SamplingConfig
 
 
 # ---- guidance and DDIM
@@ -101,7 +102,7 @@ class Sampler:
         if not vae:
             raise UserError(f"{model}: its VAE, {self.meta['vae_file']}, is not there; name it with --vae")
         decoder, found = load_vae(vae)
-        if found["latents"] != self.meta["vae"]:
+        if self.meta["vae"] not in found["names"]:
             raise UserError(f"--vae {vae}: not the VAE that {model} was trained with")
         self.net, self.vae, self.config = net.to(self.device), decoder.to(self.device), net.config
         self.vae_file = vae
@@ -109,9 +110,12 @@ class Sampler:
         self.tower = tower.to(self.device) if tower else None
         self.T, self.size = net.config.frames, net.config.vae.size
 
-    def settings(self, **changes):
-        """Steps, eta and guidance scales of the preset; None changes nothing."""
-        defaults = MINI if self.config.name in ("mini", "base") else DEFAULTS
+    def settings(self, given, **changes):
+        """Steps, eta and guidance scales of the model, given: where frames are given; None changes nothing."""
+        defaults = asdict(self.config.sampling)
+        with_frames = defaults.pop("given_text_scale")
+        if given:
+            defaults["text_scale"] = with_frames
         if changes.get("eta") is not None and not 0 <= changes["eta"] <= 1:
             raise UserError(f"--eta {changes['eta']}: choose 0 (no fresh noise) to 1 (as much as DDPM)")
         return {k: defaults[k] if changes.get(k) is None else changes[k] for k in defaults}
@@ -140,13 +144,37 @@ class Sampler:
         mask = torch.zeros(B, self.T) if cond_mask is None else torch.as_tensor(np.asarray(cond_mask)).float()
         known = self.known_latents(frames, mask)
         rngs = [np.random.default_rng(s) for s in seeds]
-        settings = self.settings(**settings)
+        settings = self.settings(bool(mask.any()), **settings)
         z = ddim(self.net, tokenize(prompts), known, mask.to(self.device), rngs, tower=self.tower, **settings)
         out = media.to_rgba(self.vae.decode(z.flatten(0, 1)).unflatten(0, (B, self.T)))
         if mask.any():
             given = mask.numpy() > 0
             out[given] = np.asarray(frames)[given]                       # to the last bit
         return out
+
+
+def unknown_words(net, prompt):
+    """The words of a prompt that a text encoder was not trained on, and whether it knows any piece of one. A frozen
+    tower knows all."""
+    def known(text):
+        tokens = tokenize([text])[0]
+        return net.text.knows(tokens[1:int((tokens == END).int().argmax())])
+    if net.text is None or not prompt:
+        return [], True
+    return [word for word in prompt.split() if not known(word).all()], bool(known(prompt).any())
+
+
+def report_unknown(net, prompts, alone):
+    """Say which words of the prompts the network does not know. UserError: none of any prompt's, where text is given
+    alone."""
+    found = {prompt: unknown_words(net, prompt) for prompt in prompts}
+    for prompt, (words, some) in found.items():
+        if words:
+            print(f"--prompt \"{prompt}\": the network knows {'nothing of ' if some else 'none of its words: '}"
+                  f"{', '.join(words)}", file=sys.stderr)
+    if alone and found and not any(some for _, some in found.values()):
+        raise UserError(f"--prompt {' '.join(found)}: the network knows none of these words; it was trained on English "
+                        "captions such as those of assets/captions.txt")
 
 
 # ---- given frames and files
@@ -180,13 +208,9 @@ def read_given(args, sampler):
     """(task, frames (T, S, S, 4) or None, cond_mask (T,) or None) from --image, --frames, --task.
 
     Without --duration the clip keeps the speed of --frames."""
-    if args.image and args.frames:
-        raise UserError("--image and --frames: give one of them")
     with_image = "it2v" if args.prompt else "i2v"
     task = args.task or (with_image if args.image else "interpolation" if args.frames else "t2v")
     if task == "t2v":
-        if args.image or args.frames:
-            raise UserError("--task t2v takes no --image and no --frames")
         return task, None, None
     frames, durations = media.read_animation(args.image if task in ("i2v", "it2v") else args.frames)
     *placed, stride = place_frames(media.square(frames, sampler.size), task, sampler.T)
@@ -207,10 +231,11 @@ def parse(argv):
     parser.add_argument("--num", type=int, default=1, help="stickers per prompt")
     parser.add_argument("--batch", type=int, default=8, help="stickers made at once; changes speed and memory alone")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="DDIM steps (paper 50; mini 10)")
+    parser.add_argument("--steps", type=int, help="DDIM steps; this and the next three are the model's by default "
+                        "(paper 50; mini 10)")
     parser.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1 (paper 1; mini 0)")
-    parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 3)")
-    parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 3)")
+    parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 3, 1 where frames are given)")
+    parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 2)")
     parser.add_argument("--duration", type=int, help="milliseconds a frame; default: as in --frames, or else 125")
     parser.add_argument("--out", help="file (.webp, .gif, .png) or folder to write; default: PROMPT.webp")
     parser.add_argument("--sheet", help="PNG contact sheet of all stickers")
@@ -223,6 +248,10 @@ def check(args):
         raise UserError("--prompt: empty; describe a sticker, or leave the option out where frames are given")
     if not args.prompt and not (args.image or args.frames or args.task not in (None, "t2v")):
         raise UserError("--prompt: say what to draw, as in --prompt \"rocket\"")
+    if args.image and args.frames:
+        raise UserError("--image and --frames: give one of them")
+    if args.task == "t2v" and (args.image or args.frames):
+        raise UserError("--task t2v takes no --image and no --frames")
     needed = {None: None, "t2v": None, "i2v": "image", "it2v": "image"}.get(args.task, "frames")
     if needed and not getattr(args, needed):
         raise UserError(f"--task {args.task} needs --{needed}")
@@ -234,14 +263,24 @@ def check(args):
 
 
 def write(clip, path, args):
-    path.parent.mkdir(parents=True, exist_ok=True)
     if args.platform:
         content, summary = media.encode_for(clip, args.duration, args.platform)
-        path.write_bytes(content)
+        media.write_bytes(path, content)
         print(f"{path}: {summary}")
     else:
         media.write_animation(path, clip, [args.duration] * len(clip))
         print(path)
+
+
+def write_all(clips, paths, args):
+    """Write what was made; -> the errors of what could not be, which do not take the others."""
+    failed = []
+    for clip, path in zip(clips, paths):
+        try:
+            write(clip, path, args)
+        except (UserError, OSError) as error:
+            failed.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
+    return failed
 
 
 def main(argv=None):
@@ -250,26 +289,30 @@ def main(argv=None):
     names = args.prompt or [Path(args.image or args.frames).stem + " sticker"]
     paths = media.output_paths(args.out, [name for name in names for _ in range(args.num)], args.platform)
     media.check_duration(None if args.platform else args.duration, paths[0])
+    given = [(f"--{name}", getattr(args, name)) for name in ("image", "frames", "model", "vae")]
+    check_outputs([*(("--out", path) for path in paths), ("--sheet", args.sheet)], given)
     keep_memory()
     if args.model is None:
         print(f"model: {SHIPPED.name} of checkpoints/, trained as checkpoints/README.md says (--model names another)")
     sampler = Sampler(args.model or SHIPPED, args.vae, clip_weights=args.clip_weights)
     task, frames, mask = read_given(args, sampler)
+    report_unknown(sampler.net, args.prompt, frames is None)
     args.duration = args.duration or 125
     prompts = ["" if task == "i2v" else p for p in args.prompt or [""] for _ in range(args.num)]
-    settings = sampler.settings(**{name: getattr(args, name) for name in DEFAULTS})
+    settings = sampler.settings(mask is not None, **{name: getattr(args, name) for name in SETTINGS})
     timesteps(sampler.config.diffusion.steps, settings["steps"])  # refuses too many
-    clips = []
+    clips, failed = [], []
     for i in tqdm(range(0, len(prompts), args.batch), f"{task}, {len(prompts)} stickers"):
         part = range(i, min(i + args.batch, len(prompts)))
         given = {} if frames is None else dict(frames=[frames] * len(part), cond_mask=[mask] * len(part))
         clips += list(sampler.sample([prompts[k] for k in part], [(args.seed, k) for k in part], **given, **settings))
-    for clip, path in zip(clips, paths):
-        write(clip, path, args)
+        failed += write_all(clips[i:], paths[i:], args)
     if args.sheet:
         marks = None if mask is None else [mask > 0] * len(clips)
         media.contact_sheet(clips, args.sheet, labels=prompts, marks=marks)
         print(args.sheet)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(paths)} stickers could not be written: {'; '.join(failed[:3])}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@
         --clip-weights open_clip_pytorch_model.bin
 
 A run folder holds config.json, log.jsonl, state.pt (all that resuming needs), state.prev.pt (the one before), lock and
-model.safetensors (EMA weights and configuration: what one shares). SIGTERM and Ctrl-C save and end with status 143 and
-130, a second Ctrl-C ends at once. Bad input, a full disk and values that are not finite end with one line and status 2.
+model.safetensors (EMA weights and configuration: what one shares). SIGTERM, Ctrl-C, a closed terminal (unless nohup has
+it ignored), USR1, USR2 and XCPU, as schedulers and limits send them, save and end with status 128 + their number; a
+second Ctrl-C ends at once. Bad input, a full disk and values that are not finite end with one line and status 2.
 
 Every random draw of global sample n of step s is a function of (seed, s, n) alone: a resumed run equals an
 uninterrupted one bit for bit, and N ranks see exactly the draws of one. Another number of threads or ranks sums in
@@ -23,7 +24,6 @@ import signal
 import time
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,18 +35,19 @@ import data
 from curriculum import MODES, Curriculum
 from data import TASKS, rng_for
 from lib import loop, peft
-from lib.autoencoder import measure_latents, report_psnr
+from lib.autoencoder import held_out_psnr, measure_latents
 from lib.checkpoints import append, check_equal, check_same_config, lock_run, states, write_config
 from lib.distributed import gather, on_all_ranks, setup
-from lib.files import UserError, file_hash, first_line, run_cli
+from lib.files import UserError, first_line, real_folder, run_cli
 from lib.media import contact_sheet, to_tensor
 from lib.options import parse_fields
 from lib.towers import cache_features, name_tower
 from lib.train_options import check_method, check_options, load_absorber, read_prompts
-from lib.weights import save_model
-from model import RDTF, VAE, load_rdtf, load_vae, preset
+from lib.weights import identity, is_own, load_fitting, names_of, read_own, save_model
+from model import RDTF, VAE, Config, load_vae, preset
 from sample import Sampler
 
+UNKNOWN = np.array([data.unknown_share(task) for task in TASKS])
 COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
 MAY_CHANGE = {"workers", "log_every", "save_every", "sample_every", "prompts", "out", "accumulate", "checkpointing",
               "zero", "compile",
@@ -90,10 +91,11 @@ class TrainConfig:
     curriculum: str = "adaptive"          # none, linear, adaptive
     how: str = "mixed"                    # frames of a clip: kmeans (paper), even, mixed (a coin decides)
     frames: str = "step"                  # k of 3..T frames is drawn per step, or per sample (paper); full: always T
-    still_share: list = field(default_factory=lambda: [0.95, 0.5])  # steps on single frames: share, or first and last
+    still_share: float = 0.5              # share of the steps on single frames, T of them for a clip
     word_dropout: float = 0.2             # a word of a caption becomes "#"
     keywords: float = 0.5                 # keywords are appended to a caption
-    text_drop: float = 0.10               # the text alone is dropped
+    text_drop: float = 0.10               # the text alone is dropped where no frame is given
+    given_text_drop: float = 0.5          # the text alone is dropped where frames are given
     cond_drop: float = 0.10               # the given frames alone are dropped
     both_drop: float = 0.05               # both are dropped
     workers: int = 0                      # data loading processes; changes nothing but the speed
@@ -118,12 +120,16 @@ class VAEStage:
         if not len(self.stickers):
             raise UserError(f"--data {where}: no sticker (of --groups, if named) is in its train split; splits "
                             "are drawn by concept, so prepare more captions")
-        self.inputs = dict(data=self.stickers.meta["hash"])  # a resumed run must have the same
+        self.inputs = dict(data=self.stickers.meta["hash"])  # a resumed run must have the same,
+        self.names = {}                       # under these or other names of theirs
         self.base, self.facts = None, {}
         if config.base and config.stage == "vae":
             vae, meta = load_like("--base", config.base, self.preset.vae)
             self.base, self.facts = vae.state_dict(), dict(latents=meta["latents"])
-            self.inputs["base"] = file_hash(config.base)
+            self.add_input("base", config.base)
+
+    def add_input(self, name, path):
+        self.inputs[name], self.names[name] = identity(path), names_of(path)
 
     def prepare(self):
         """Nothing slow here."""
@@ -139,7 +145,7 @@ class VAEStage:
         return self.net.to(self.device)
 
     def batches(self, start, workers=0):
-        """Yield (step, arguments of VAE.forward, tags (b, 3)): no task, no timestep, number of the sticker."""
+        """Yield (step, arguments of VAE.forward, tags (b, 4)): no task, no timestep, number of the sticker, frames."""
         c, v = self.config, self.preset.vae
         for step, keys in enumerate(data.StepSampler(c.batch, start, c.steps, self.rank, self.world), start):
             share = [n for _, n, *_ in keys]
@@ -150,16 +156,17 @@ class VAEStage:
             std = torch.tensor([abs(rng.standard_normal()) * v.latent_noise for rng in rngs])[:, None, None, None]
             batch = dict(x=self.net.images(torch.stack(images)), background=torch.stack(background), noise=noise,
                          noise_std=std)
-            yield step, batch, torch.tensor([[0, 0, i] for i in index])
+            yield step, batch, torch.tensor([[0, 0, i, 1] for i in index])
 
     def finish(self, weights):
-        """(EMA weights with the latents' statistics, metadata); prints the held-out PSNR."""
+        """(EMA weights with the latents' statistics, metadata, a line on the held-out PSNR)."""
         vae = VAE(self.preset.vae).to(self.device).eval()
         vae.load_state_dict(weights)
         if not self.base:
             measure_latents(vae, self.stickers, rng_for(self.config.seed, 0, 0, 9))
         held_out = data.StickerSet(self.config.data, "test", self.config.groups or None)
-        return vae.state_dict(), self.facts | report_psnr(vae, held_out)
+        psnr, line = held_out_psnr(vae, held_out)
+        return vae.state_dict(), self.facts | psnr, line
 
 
 def draw_image(stickers, seed, step, n):
@@ -175,7 +182,8 @@ def draw_image(stickers, seed, step, n):
 class DFGNStage(VAEStage):
     def __init__(self, config, rank, world, device):
         super().__init__(config, rank, world, device)
-        self.curriculum = Curriculum(config.curriculum, config.steps, tasks=config.tasks)
+        clips = round(config.steps * config.batch * (1 - config.still_share))
+        self.curriculum = Curriculum(config.curriculum, config.steps, config.tasks, losses=clips)
         self.tower = self.texts = self.base = self.absorber = None
         if (self.preset.text.kind == "open_clip") != bool(config.clip_weights):
             raise UserError(f"--clip-weights {config.clip_weights}: a local file where text.kind is open_clip, nothing "
@@ -184,13 +192,13 @@ class DFGNStage(VAEStage):
             self.tower = name_tower(config.clip_weights, config.clip_model, self.preset.text.width)
             self.inputs["clip_weights"] = self.tower["hash"]
         self.vae, meta = load_like("--vae", config.vae, self.preset.vae)
-        self.inputs["vae"] = meta["latents"]
+        self.inputs["vae"], self.names["vae"] = meta["latents"], meta["names"]
         if config.base:
-            self.base = load_base(config.base, self.preset, self.inputs)
-            self.inputs["base"] = file_hash(config.base)
+            self.base = load_base(config.base, self.preset, meta["names"], self.inputs.get("clip_weights"))
+            self.add_input("base", config.base)
         if config.absorber:
-            self.absorber = load_absorber(config.absorber, config.rank, self.inputs["base"])
-            self.inputs["absorber"] = file_hash(config.absorber)
+            self.absorber = load_absorber(config.absorber, config.rank, self.names["base"])
+            self.add_input("absorber", config.absorber)
         if not self.tower:
             words = self.base["text.vocabulary"] if self.base else data.vocabulary(self.stickers.records)
             self.vocabulary = torch.as_tensor(words)
@@ -220,7 +228,9 @@ class DFGNStage(VAEStage):
     def network(self, fresh):
         net = RDTF(self.preset)
         if fresh and self.base:
-            net.load_state_dict(self.base)
+            new = load_fitting(net, self.base, self.config.base, self.rank == 0)
+            if any(name.startswith("dfgn.known.") for name in new):  # what read the old encoder is deaf to the new one
+                net.dfgn.stem.weight.data[:, net.config.dfgn.channels:] = 0
         elif net.text:
             net.text.vocabulary.copy_(self.vocabulary)
         self.base = None                      # as large as the network
@@ -231,7 +241,7 @@ class DFGNStage(VAEStage):
         return net.to(self.device)
 
     def batches(self, start, workers=0):
-        """Yield (step, arguments of RDTF.forward, tags (b, 3)): task, timestep, number of the sticker."""
+        """Yield (step, arguments of RDTF.forward, tags (b, 4)): task, timestep, number of the sticker, real frames."""
         c, T = self.config, self.preset.frames
         clips = data.ClipDataset(self.stickers, self.latents, c.seed, c.batch, T, c.how,
                                  "sample" if c.frames == "sample" else "step", c.word_dropout, c.keywords, self.texts)
@@ -250,7 +260,7 @@ class DFGNStage(VAEStage):
         batch = dict(z0=z * loss_mask[:, :, None, None, None], tokens=self.tokens(clips, torch.tensor(has_text)),
                      t=torch.tensor(t), noise=clips["noise"], cond_mask=torch.from_numpy(np.stack(masks)),
                      loss_mask=loss_mask)
-        return batch, torch.stack([torch.tensor(task), batch["t"], clips["index"]], 1)
+        return batch, torch.stack([torch.tensor(task), batch["t"], clips["index"], clips["n"]], 1)
 
     def tokens(self, clips, has_text):
         """Tokens (B, L), or a tower's features (B, L, D), of which row 0 is the empty text's."""
@@ -264,7 +274,7 @@ class DFGNStage(VAEStage):
         if c.method != "rdtf":
             facts.update(kind="adapter", method=c.method, rank=c.rank, base=self.inputs["base"], base_file=str(c.base))
             weights = {name: weights[name] for name in self.adapter}
-        return weights, facts
+        return weights, facts, ""
 
 
 STAGES = {"vae": VAEStage, "dfgn": DFGNStage}
@@ -278,33 +288,36 @@ def load_like(option, path, wanted):
     return vae, meta
 
 
-def load_base(path, config, inputs):
-    """Weights of another run, its vocabulary too; it must be of the same configuration, VAE and text tower."""
-    base, meta = load_rdtf(path)
+def load_base(path, config, vae, tower):
+    """Weights of another run, its vocabulary too; it must be of the same configuration, VAE (its names) and tower."""
+    meta, weights = read_own(path, "dfgn", "train one with `python train.py`")
+    theirs = Config.from_dict(meta["config"])
     for part in ("text", "dfgn", "diffusion"):
-        check_equal(f"--base {path}", getattr(base.config, part), getattr(config, part), free=("vocab",))
-    if (meta["vae"], meta.get("text", {}).get("hash")) != (inputs["vae"], inputs.get("clip_weights")):
+        check_equal(f"--base {path}", getattr(theirs, part), getattr(config, part), free=("vocab", "given"))
+    if meta["vae"] not in vae or meta.get("text", {}).get("hash") != tower:
         raise UserError(f"--base {path}: trained with another VAE or text tower than --vae or --clip-weights")
-    return base.state_dict()
+    return weights
 
 
 def draw_condition(c, p, u, n, T, timesteps):
     """(task number, condition mask (T,), whether the text is kept, timestep) of n real frames; u (4,): the draws."""
     task = data.fit_task(TASKS[min(int(np.searchsorted(p.cumsum(), u[0])), len(TASKS) - 1)], n)
     mask, drop, t = data.cond_mask(task, n, T, u[1]), u[2], int(u[3] * timesteps)
-    no_text = task == "i2v" or drop < c.text_drop + c.both_drop
-    if c.text_drop <= drop < c.text_drop + c.both_drop + c.cond_drop:
+    text_drop = c.given_text_drop if mask.any() else c.text_drop
+    no_text = task == "i2v" or drop < text_drop + c.both_drop
+    if text_drop <= drop < text_drop + c.both_drop + c.cond_drop:
         mask = np.zeros_like(mask)
     return TASKS.index(task), mask, not no_text, t
 
 
 def step_frames(c, step, T):
-    """(frames of a clip in this step, clips a batch slot stands for): T and 1, fewer frames, or T stills for a clip."""
+    """(frames of a clip in this step, clips a batch slot stands for): T stills for a clip, or clips, half of which have
+    all T frames and the others 3 to T - 1."""
     rng = rng_for(c.seed, step, 0, 3)
-    first, last = c.still_share[0], c.still_share[-1]
-    if rng.random() < first + (last - first) * step / c.steps:
+    if rng.random() < c.still_share:
         return 1, T
-    return (int(rng.integers(3, T + 1)) if c.frames == "step" else T), 1
+    whole = c.frames != "step" or T < 4 or rng.random() < 0.5
+    return (T if whole else int(rng.integers(3, T))), 1
 
 
 # ---- one step, one log line, one checkpoint
@@ -357,7 +370,7 @@ class Trainer:
             self.parts["ema"].update(self.step)
 
     def observe(self, table, norm):
-        """Take all ranks' losses, tasks and timesteps, table (B, 3 and more), into log window and curriculum."""
+        """Take all ranks' losses and tags, table (B, 5 and more), into log window and curriculum."""
         losses, tasks = table[:, 0], table[:, 1].astype(int)
         deciles = (table[:, 2] * 10 // self.stage.preset.diffusion.steps).astype(int)
         self.window.seen += len(losses)
@@ -368,14 +381,18 @@ class Trainer:
             for loss, task, decile in zip(losses.tolist(), tasks, deciles):
                 self.window.add(f"task {TASKS[task]}", loss)
                 self.window.add(f"decile {decile}", loss)
-            entropy = round(curriculum.entropy(self.step), 6)
-            curriculum.observe(losses, tasks, deciles)
+            entropy, clips = round(curriculum.entropy(self.step), 6), table[:, 4] > 1
+            self.window.add("entropy_all", float(np.where(clips, UNKNOWN[tasks], 1).mean()))
+            if clips.any():                      # a still has no task to choose: it says nothing of r
+                curriculum.observe(losses[clips], tasks[clips], deciles[clips])
             self.extra = dict(entropy=entropy, r=round(curriculum.r, 6))
         self.step += 1
 
     def log(self):
         """Write a line and begin a new window. -> the line."""
         means = self.window.means
+        if self.stage.curriculum:
+            self.extra["entropy_all"] = means("entropy_all")[""]
         line = dict(step=self.step, loss=means("loss")[""], grad_norm=means("norm")[""],
                     lr=learning_rate(self.config, self.step - 1), **self.extra,
                     tasks=means("task "), deciles=means("decile "), **self.window.rates(self.device, self.world))
@@ -398,10 +415,26 @@ class Trainer:
 
     def write(self):
         append(self.run / "log.jsonl", durably=True)  # the checkpoint says that its lines are there
-        weights, extra = self.stage.finish(self.parts["ema"].weights)
+        line = self.write_model()
+        loop.save_state(self.run, self.step, self.parts)  # its step says what is done
+        if line:
+            print(line)
+
+    def write_model(self):
+        """Write model.safetensors. -> a line on it."""
+        weights, extra, line = self.stage.finish(self.parts["ema"].weights)
         facts = dict(kind=self.config.stage, step=self.step, config=self.stage.preset.to_dict())
         save_model(self.run / "model.safetensors", weights, **{**facts, **extra})
-        loop.save_state(self.run, self.step, self.parts)  # last: its step says what is done
+        return line
+
+    def finished(self):
+        """Of a run that is done: say so, and write its model again where that is gone or damaged."""
+        model = self.run / "model.safetensors"
+        if is_own(model):
+            print(f"{self.run}: done, {self.step} steps; nothing to do")
+        else:
+            self.write_model()
+            print(f"{self.run}: done, {self.step} steps; {model} was gone or damaged and is written again")
 
 
 # ---- the road
@@ -413,20 +446,20 @@ def train(config, stack):
     rank, world, device = setup()
     loop.check_batch(config.batch, config.accumulate, world)
     stage = STAGES[config.stage](config, rank, world, device)
-    run = Path(config.out or f"runs/{config.stage}")
+    run = real_folder(config.out or f"runs/{config.stage}")
     on_all_ranks(lambda: rank == 0 and stack.enter_context(lock_run(run)), world)
     facts = dict(train=asdict(config), model=stage.preset.to_dict(), inputs=stage.inputs,
                  precision=config.precision, world=world)
     fresh, changed = not states(run), []
     if not fresh:
-        facts["precision"], changed = check_same_config(run, facts, MAY_CHANGE, asdict(TrainConfig()))
+        facts["precision"], changed = check_same_config(run, facts, MAY_CHANGE, asdict(TrainConfig()), stage.names)
     stage.prepare()
     torch.manual_seed(config.seed)  # initial weights; nothing else draws from torch's generator
     net = stage.network(fresh)
     facts["precision"] = loop.pick_precision(facts["precision"], net, stage)
     trainer = Trainer(config, stage, run, net, facts["precision"])
     if trainer.step >= config.steps:
-        return rank == 0 and print(f"{run}: done, {trainer.step} steps; nothing to do")
+        return on_all_ranks(lambda: rank == 0 and trainer.finished(), world)
     if changed and rank == 0:
         print(f"{run}: goes on behind step {trainer.step} with {', '.join(changed)}")
     on_all_ranks(lambda: rank == 0 and write_config(run, facts, trainer.step), world)
@@ -439,7 +472,7 @@ def train(config, stack):
     for step, batch, tags in batches:
         losses, norm = trainer.backward(batch)
         signalled = torch.full((len(losses), 1), max(signals, default=0))
-        table = gather(torch.cat([losses[:, None].double(), tags, signalled], 1), world).numpy()  # (B, 5), all ranks'
+        table = gather(torch.cat([losses[:, None].double(), tags, signalled], 1), world).numpy()  # (B, 6), all ranks'
         loop.check_finite(stage, run, step, table, norm, TASKS)
         trainer.apply()
         trainer.observe(table, norm)
@@ -448,7 +481,7 @@ def train(config, stack):
         if done or trainer.step % config.log_every == 0:
             line = trainer.log()
             bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['clips_per_s']} clips/s")
-        stopping = 0 if done else int(table[:, 4].max())
+        stopping = 0 if done else int(table[:, 5].max())
         draw = config.sample_every and (done or trainer.step % config.sample_every == 0)
         if done or trainer.step % config.save_every == 0 or stopping or draw:
             trainer.save()
@@ -467,7 +500,7 @@ def main(argv=None):
         with ExitStack() as stack:
             train(config, stack)
     except RuntimeError as error:                # comes from a signal handler of torch's, anywhere
-        if "DataLoader worker" not in str(error):
+        if "DataLoader" not in str(error):
             raise
         raise UserError(f"--workers: {first_line(error)} The same command goes on from the last checkpoint") from None
     finally:

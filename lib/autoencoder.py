@@ -221,10 +221,10 @@ def measure_latents(vae, stickers, rng):
 
 
 @torch.no_grad()
-def report_psnr(vae, stickers, n=256, batch=32):
-    """Print the mean PSNR, on white, through the mean latents, of first and middle frames of a data.StickerSet.
+def held_out_psnr(vae, stickers, n=256, batch=32):
+    """Mean PSNR, on white, through the mean latents, of first and middle frames of a data.StickerSet.
 
-    -> dict(psnr=dB), empty for an empty set."""
+    -> dict(psnr=dB), empty for an empty set, and a line for people."""
     numbers = [f for r in stickers.records[:n] for f in sorted({r["first"], r["first"] + r["n"] // 2})][:n]
     white, values = torch.ones(1, 3, device=vae.latent_mean.device), []
     for i in range(0, len(numbers), batch):
@@ -233,8 +233,7 @@ def report_psnr(vae, stickers, n=256, batch=32):
         mse = (((compose(x, white) - compose(y, white)) / 2) ** 2).mean((1, 2, 3))
         values += (-10 * torch.log10(mse.clamp_min(1e-10))).tolist()
     if not values:
-        print("VAE: no sticker is held out, so nothing is measured")
-        return {}
+        return {}, "VAE: no sticker is held out, so nothing is measured"
     error = 1.96 * np.std(values) / len(values) ** 0.5
-    print(f"VAE: held-out PSNR on white {np.mean(values):.2f} dB (n = {len(values)}, 95 % +- {error:.2f})")
-    return dict(psnr=float(np.mean(values)))
+    line = f"VAE: held-out PSNR on white {np.mean(values):.2f} dB (n = {len(values)}, 95 % +- {error:.2f})"
+    return dict(psnr=float(np.mean(values))), line

@@ -5,7 +5,7 @@ import os
 import sys
 from dataclasses import asdict
 
-from lib.files import UserError, atomic_write, first_line, lock, write_json
+from lib.files import UserError, atomic_write, clutter, first_line, lock, write_json
 from lib.options import flag
 from lib.weights import read_checkpoint
 
@@ -16,7 +16,7 @@ def lock_run(run):
 
     UserError: the folder holds something else than a run."""
     held = [path.name for path in run.iterdir() if path.suffix != ".tmp"] if run.is_dir() else []
-    if set(held) - {"lock"} and "config.json" not in held:
+    if any(name not in ("lock", "lock.soft") and not clutter(name) for name in held) and "config.json" not in held:
         raise UserError(f"--out {run}: holds other files ({', '.join(sorted(held)[:3])}); name a new folder")
     with lock(run / "lock", f"--out {run}"):
         for path in run.glob("*.tmp"):
@@ -75,11 +75,11 @@ def shown(value):
     return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def check_same_config(run, config, may_change, defaults):
+def check_same_config(run, config, may_change, defaults, names=None):
     """Refuse to go on with another training; how, where and from which copy it runs may change.
 
     config: of the command that is to go on, as read_config returns it. defaults: of options that are newer than the
-    run. -> (the run's precision, what changed)."""
+    run. names: {input: other names of it}. -> (the run's precision, what changed)."""
     old, other, changed = read_config(run), "name another --out", []
     started, inputs, model = {**defaults, **old["train"]}, old["inputs"], flat(old["model"])
     for name, value in dict(config["train"], precision=old["precision"]).items():
@@ -96,7 +96,7 @@ def check_same_config(run, config, may_change, defaults):
             raise UserError(f"{run}: started when {name} was {model.get(name)}, it is {value} now; {other}")
     for name in {**inputs, **config["inputs"]}:
         was, now = inputs.get(name, "none"), config["inputs"].get(name, "none")
-        if was != now:
+        if was != now and was not in (names or {}).get(name, ()):
             raise UserError(f"{flag(name)} {shown(config['train'].get(name))}: not what {run} was started with "
                             f"(hash {str(now)[:12]}, was {str(was)[:12]}); {other}")
     if old["world"] != config["world"]:

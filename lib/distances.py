@@ -7,41 +7,44 @@ import functools
 import numpy as np
 import torch
 
-PSNR_CAP = 50.0                                  # dB: a copied frame that did not move would have an infinite one
+PSNR_CAP = 50.0                                  # dB: copied frames that did not move would have an infinite one
+DRAWS = 1000                                     # of a paired interval
 
 
 def center_and_factor(x):
-    """Features (N, D) -> (mean (D,), A) with A.T @ A the covariance (over N - 1) and at most D rows in A."""
-    if len(x) < 2:
-        raise ValueError(f"a Fréchet distance needs at least 2 samples a set, not {len(x)}")
-    mean = x.mean(0)
-    A = (x - mean) / np.sqrt(len(x) - 1)
-    return mean, np.linalg.qr(A, mode="r") if len(A) > A.shape[1] else A
+    """Features (..., N, D) -> (mean (..., D), A) with A.T @ A the covariance (over N - 1) and at most D rows in A."""
+    if x.shape[-2] < 2:
+        raise ValueError(f"a Fréchet distance needs at least 2 samples a set, not {x.shape[-2]}")
+    mean = x.mean(-2)
+    A = (x - mean[..., None, :]) / np.sqrt(x.shape[-2] - 1)
+    return mean, np.linalg.qr(A, mode="r") if A.shape[-2] > A.shape[-1] else A
 
 
 def frechet(a, b):
-    """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2) of features (N, D) and (M, D), in float64.
+    """|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2) of features (N, D) and (M, D), in float64; of (draws, N, D) one
+    a draw.
 
     With S1 = A.T A and S2 = B.T B the last trace is the nuclear norm of A B.T: exact where N <= D, too."""
     (m1, A), (m2, B) = (center_and_factor(np.asarray(x, np.float64)) for x in (a, b))
-    nuclear_norm = np.linalg.svd(A @ B.T, compute_uv=False).sum()
-    return float(((m1 - m2) ** 2).sum() + (A ** 2).sum() + (B ** 2).sum() - 2 * nuclear_norm)
+    nuclear_norm = np.linalg.svd(A @ B.swapaxes(-1, -2), compute_uv=False).sum(-1)
+    value = ((m1 - m2) ** 2).sum(-1) + (A ** 2).sum((-2, -1)) + (B ** 2).sum((-2, -1)) - 2 * nuclear_norm
+    return float(value) if np.ndim(value) == 0 else value
 
 
 def standardise(reference, *others):
-    """Every set (n, D) less the reference's mean, over its deviation: a list, the reference first.
+    """Every set (..., n, D) less the reference's mean, over its deviation: a list, the reference first.
 
     A constant feature has deviation 1, and none less than a tenth of the median: a channel that one sticker in hundreds
     wakes would outweigh all others."""
-    std = reference.std(0)
-    constant = std <= 1e-9 * np.abs(reference).max(0)
-    std = np.where(constant, 1, np.maximum(std, 0.1 * np.median(std)))
-    return [(x - reference.mean(0)) / std for x in (reference, *others)]
+    mean, std = (f(-2, keepdims=True) for f in (reference.mean, reference.std))
+    constant = std <= 1e-9 * np.abs(reference).max(-2, keepdims=True)
+    std = np.where(constant, 1, np.maximum(std, 0.1 * np.median(std, -1, keepdims=True)))
+    return [(x - mean) / std for x in (reference, *others)]
 
 
 def fd(reference, other):
-    """Fréchet distance a feature, (N, D) and (M, D) standardised by the reference."""
-    return frechet(*standardise(reference, other)) / reference.shape[1]
+    """Fréchet distance a feature, (..., N, D) and (..., M, D) standardised by the reference."""
+    return frechet(*standardise(reference, other)) / reference.shape[-1]
 
 
 def bootstrap(values, statistic=np.mean, draws=2000, seed=0):
@@ -49,6 +52,19 @@ def bootstrap(values, statistic=np.mean, draws=2000, seed=0):
     rows = np.random.default_rng(seed).integers(len(values), size=(draws, len(values)))
     low, high = np.percentile(statistic(np.asarray(values)[rows], axis=1), (2.5, 97.5))
     return float(low), float(high)
+
+
+def paired_interval(statistic, *values, seed=0):
+    """dict(value, interval): statistic(*values), and its 95 % interval; rows of values (n, ...) are drawn together."""
+    rng, n = np.random.default_rng(seed), len(values[0])
+    draws = [statistic(*(v[rows] for v in values)) for rows in rng.integers(n, size=(DRAWS, n))]
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return dict(value=float(statistic(*values)), interval=(float(low), float(high)))
+
+
+def ratio(a, b):
+    """Mean of a over mean of b."""
+    return a.mean() / b.mean()
 
 
 def bootstrap_fd(reference, other, draws=200, seed=0, paired=False, distance=fd):
@@ -67,32 +83,33 @@ def bootstrap_fd(reference, other, draws=200, seed=0, paired=False, distance=fd)
     return max(float(value + low - middle), 0.0), float(value + high - middle)
 
 
-def bootstrap_difference(first, other, n, draws=200, seed=0):
+def bootstrap_difference(first, other, n, draws=DRAWS, seed=0):
     """dict(value, interval): mean over the runs of `other` less that of `first`, and its 95 % interval.
 
-    A run is a function of numbers of clips, below n; clip i is one concept's in all. Concepts and runs are drawn again
-    together; as in bootstrap_fd the median of the draws becomes the value."""
-    rng, values = np.random.default_rng(seed), []
-
-    def difference(rows, mine, theirs):
-        return np.mean([run(rows) for run in theirs]) - np.mean([run(rows) for run in mine])
-    for _ in range(draws):
-        drawn = [[runs[k] for k in rng.integers(len(runs), size=len(runs))] for runs in (first, other)]
-        values.append(difference(rng.integers(n, size=n), *drawn))
-    low, middle, high = np.percentile(values, (2.5, 50, 97.5))
-    value = float(difference(np.arange(n), first, other))
+    A run is a function of numbers of clips (..., n), below n, to values (...); clip i is one concept's in all. Concepts
+    and runs are drawn again together, run k of one with run k of the other (one seed) where both have as many; as in
+    bootstrap_fd the median of the draws becomes the value."""
+    rng = np.random.default_rng(seed)
+    rows, sides = rng.integers(n, size=(draws, n)), []
+    chosen = [rng.integers(len(runs), size=(draws, len(runs))) for runs in (first, other)]
+    for runs, numbers in zip((first, other), chosen if len(first) != len(other) else chosen[:1] * 2):
+        values = np.stack([np.concatenate([run(rows[i:i + 100]) for i in range(0, draws, 100)]) for run in runs], 1)
+        sides.append(np.take_along_axis(values, numbers, 1).mean(1))
+    low, middle, high = np.percentile(sides[1] - sides[0], (2.5, 50, 97.5))
+    everything = np.arange(n)
+    value = float(np.mean([run(everything) for run in other]) - np.mean([run(everything) for run in first]))
     return dict(value=value, interval=(float(value + low - middle), float(value + high - middle)))
 
 
 def by_clips(task, pairs):
-    """{metric: function of numbers of clips} of a task of an evaluation, for `differences`.
+    """{metric: function of numbers of clips (..., n)} of a task of an evaluation, for `differences`.
 
     pairs: {metric: (distance, features of the real clips, of the others)}."""
     clips = {name: np.array(score["clips"]) for name, score in task["scores"].items()}
-    clips["dB over copying"] = np.array(task["psnr"]["model - copy"]["clips"])
 
     def mean(rows, values):                      # Recog@1 has none for concepts that the judge lacks, in no run
-        return values[rows[rows < len(values)]].mean()
+        known = rows < len(values)
+        return (values[rows * known] * known).sum(-1) / np.maximum(known.sum(-1), 1)
 
     def distance(rows, pair):
         function, real, other = pair
@@ -134,10 +151,9 @@ def extrapolate(reference, other, groups=8, seed=0):
     return float(line_to_infinity(reference, other, rng)), float(error)
 
 
-def psnr(x, y):
-    """Arrays (N, ...) in 0..1 -> dB of each row (N,), 10 log10 (1 / mean squared error), at most PSNR_CAP."""
-    error = ((np.asarray(x, np.float64) - y) ** 2).mean(tuple(range(1, np.ndim(x))))
-    return -10 * np.log10(np.maximum(error, 10 ** (-PSNR_CAP / 10)))
+def psnr(errors):
+    """Mean squared errors of clips, values in 0..1, of any shape -> dB of their mean, at most PSNR_CAP."""
+    return float(-10 * np.log10(max(np.mean(errors, dtype=np.float64), 10 ** (-PSNR_CAP / 10))))
 
 
 def on_white(rgba):

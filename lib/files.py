@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 from tqdm import tqdm
 
 MAX_LINE = 2**20                                 # bytes of a line of JSON
@@ -19,13 +19,53 @@ class UserError(Exception):
     """Something the user can put right; its message names the option or file and says what to do."""
 
 
+class Console:
+    """A stream that people read: what it cannot show or write (gone, closed, full) is never worth the work."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self):
+        with contextlib.suppress(OSError, ValueError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def open_consoles():
+    """Put a Console in the place of stdout and stderr; letters that its code page lacks are shown as escapes.
+
+    A standard stream that was closed, or that a service does not have, is the null device: the next file to be opened
+    would get its number, and what libraries say of themselves."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)       # it takes the lowest number that is free
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, stream if isinstance(stream, Console) else Console(stream))
+
+
 def run_cli(main):
-    """Run `main()`. A UserError or a full disk becomes one line on stderr and exit code 2, Ctrl-C one line and 130."""
+    """Run `main()`. A UserError or what the system refuses becomes one line on stderr and exit code 2, Ctrl-C one line
+    and 130."""
+    open_consoles()
     status = 2
     try:
         return main()
     except UserError as error:
         message = str(error)
+    except MemoryError as error:
+        message = f"out of memory {error}".strip()
     except KeyboardInterrupt:
         message, status = "interrupted", 128 + signal.SIGINT
     except FileExistsError as error:
@@ -33,10 +73,8 @@ def run_cli(main):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             message = f"disk full: {error.filename or 'free some space'}"
-        elif error.filename:
-            message = f"{error.filename}: {error.strerror}"
         else:
-            raise
+            message = f"{error.filename or type(error).__name__}: {error.strerror or error}"
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -97,6 +135,17 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def clutter(name):
+    """Is a file of this name what systems, shells and schedulers leave in a folder, not somebody's work?"""
+    return name.startswith(".") or name.lower() in ("thumbs.db", "desktop.ini") or (
+        Path(name).suffix.lower() in (".log", ".out", ".err", ".txt"))
+
+
+def real_folder(path):
+    """The folder that a link leads to, there or not yet; another path as it is."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
 def sync_folder(folder):
     """Make the names in a folder durable, where the system can (not Windows, not every network file system)."""
     with contextlib.suppress(OSError):
@@ -121,6 +170,7 @@ def atomic_write(path, write, backup=None):
     """write(temporary path), then rename: a reader sees the old file or the whole new one.
 
     backup: new name of the file that was there. UserError where it cannot be written; the old file then stays."""
+    path = os.path.realpath(path)                        # the file that a link leads to, not the link, is replaced
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -135,10 +185,46 @@ def atomic_write(path, write, backup=None):
         raise
 
 
+def check_outputs(outputs, inputs=()):
+    """Refuse, before anything slow, what cannot be written or would replace an input. Both: (option, path) pairs, an
+    empty path stands for none. UserError names the option."""
+    for option, path in outputs:
+        if not path:
+            continue
+        path = Path(path)
+        if path.is_dir():
+            raise UserError(f"{option} {path}: a folder is there; name a file")
+        for other, given in inputs:
+            if given and path.exists() and os.path.exists(given) and os.path.samefile(path, given):
+                raise UserError(f"{option} {path}: is the file of {other}, which it would replace; name another")
+        folder = next(parent for parent in (path.absolute()).parents if os.path.lexists(parent))
+        if not folder.is_dir():
+            raise UserError(f"{option} {path}: {folder} is no folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"{option} {path}: {folder} cannot be written to")
+
+
 def write_json(path, value):
     """Write a value as JSON, atomically; its folder is made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1)))
+
+
+def file_lock(path):
+    """A lock on a file, which the system frees; where the folder's file system has none (Lustre, NFS, FUSE), a file
+    beside it that names its holder, and is taken over when that process is gone."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT)   # FileLock takes a folder without room for it for a held lock
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):                  # else somebody holds it
+            return SoftFileLock(f"{path}.soft")
+    finally:
+        os.close(descriptor)
+    return FileLock(str(path))
 
 
 @contextlib.contextmanager
@@ -147,9 +233,9 @@ def lock(path, what, wait=False):
 
     UserError where another process holds it, as that is writing `what`; with `wait` it is waited for."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT))      # FileLock takes a folder without room for it for a held lock
-    busy = f"{what} is being written by another process"
-    held = FileLock(str(path))
+    held = file_lock(path)
+    gone = f" (if there is none, remove {held.lock_file})" if isinstance(held, SoftFileLock) else ""
+    busy = f"{what} is being written by another process{gone}"
     try:
         held.acquire(timeout=0 if wait else 3)   # a killed process's children may hold it a moment longer
     except Timeout:

@@ -71,6 +71,14 @@ def load_judge(path=SHIPPED):
     return load_strict(net, weights, "--judge", path)
 
 
+def same_sticker(unknown, given):
+    """(N,) 1.0 where a clip's unknown frames lie nearest to its own given frames among those of all N clips, else 0.0.
+
+    unknown, given (N, width): their embeddings; equal ones of other clips (twins) count as its own."""
+    close = np.asarray(unknown, float) @ np.asarray(given, float).T
+    return (close.diagonal() >= close.max(1) - 1e-6).astype(float)
+
+
 class JudgeExtractor:
     """Clips -> a unit vector each, the mean over their frames."""
     name, batch = "judge", 64

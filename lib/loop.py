@@ -3,6 +3,7 @@ import math
 import multiprocessing
 import os
 import signal
+import tempfile
 import time
 
 import numpy as np
@@ -12,9 +13,13 @@ import torch.distributed as dist
 from lib.checkpoints import read_state, states
 from lib.cpu import peak_memory
 from lib.distributed import gather, on_all_ranks
-from lib.files import UserError, atomic_write
+from lib.files import UserError, atomic_write, first_line
 
-STOPPING = signal.SIGTERM, signal.SIGINT  # save, then end
+# Save, then end: what a terminal, a scheduler or a limit sends. BREAK: a closed console of Windows.
+STOPPING = tuple(signal.Signals[f"SIG{name}"] for name in
+                 "TERM INT HUP QUIT USR1 USR2 XCPU PWR BREAK".split() if hasattr(signal, f"SIG{name}"))
+MAY_BE_IGNORED = "SIGHUP", "SIGQUIT"      # by nohup and shells, and then they stay so; torchrun hands them on itself
+PATIENCE = 600                            # seconds that a batch of loading processes is waited for
 FORKS = "fork" in multiprocessing.get_all_start_methods()  # not on Windows
 
 
@@ -39,7 +44,9 @@ def note_signals(stack):
         came.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     for number in STOPPING:
-        stack.callback(signal.signal, number, signal.signal(number, note))
+        ignored = signal.getsignal(number) == signal.SIG_IGN and "TORCHELASTIC_RUN_ID" not in os.environ
+        if not (ignored and number.name in MAY_BE_IGNORED):
+            stack.callback(signal.signal, number, signal.signal(number, note))
     return came
 
 
@@ -49,12 +56,25 @@ def ignore_signals(_):
         signal.signal(number, signal.SIG_IGN)
 
 
+def check_workers(workers):
+    """UserError where loading processes could not hand their batches over, which would be waited for in vain."""
+    folder = tempfile.gettempdir()
+    if workers and len(os.fsencode(folder)) > 70:        # of 103 to 107 characters that a socket's name may have
+        raise UserError(f"--workers {workers}: the folder of temporary files, {folder}, has a name too long for "
+                        "sockets; export TMPDIR=/tmp, or give --workers 0")
+    try:
+        torch.zeros(workers).share_memory_()
+    except RuntimeError as error:
+        raise UserError(f"--workers {workers}: no shared memory here ({first_line(error)}); give --workers 0") from None
+
+
 def load_batches(dataset, sampler, workers, device):
     """Yield batches, stacked in the loader's processes, whose UserError comes without torch's traceback before it.
 
-    For a GPU they lie in pinned memory, put there by a thread while the loop computes."""
+    For a GPU they lie in pinned memory, put there by a thread while the loop computes. RuntimeError: none came."""
+    check_workers(workers)
     loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, num_workers=workers,
-                                         pin_memory=device.type == "cuda",
+                                         pin_memory=device.type == "cuda", timeout=PATIENCE if workers else 0,
                                          multiprocessing_context="fork" if workers and FORKS else None,
                                          worker_init_fn=ignore_signals)
     batches = iter(loader)
@@ -64,7 +84,9 @@ def load_batches(dataset, sampler, workers, device):
         raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
     finally:
         if workers:
-            batches._shutdown_workers()          # they ignore SIGTERM, so Python's exit would wait for ever
+            batches._shutdown_workers()          # they ignore SIGTERM, so Python's exit would wait for ever,
+            for worker in batches._workers:      # also for one that is stuck
+                worker.kill()
 
 
 def micro_batches(batch, count):

@@ -105,6 +105,8 @@ def apply_changes(config, changes):
 def check_config(config):
     """ValueError where the parts do not go together."""
     vae, text, dfgn = config.vae, config.text, config.dfgn
+    if dfgn.given not in ("difference", "zeros"):
+        raise ValueError(f"dfgn.given {dfgn.given!r} is unknown: difference or zeros")
     if text.kind not in ("small", "open_clip"):
         raise ValueError(f"text.kind {text.kind!r} is unknown: small or open_clip")
     for ours, a, theirs, b in (("vae.latent_channels", vae.latent_channels, "dfgn.channels", dfgn.channels),

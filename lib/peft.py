@@ -11,7 +11,8 @@ called after the base's weights are loaded and before optimiser and averages are
     customize_a_video     its second: LoRA of temporal attention on clips; the first stage's is dropped afterwards
     customize_a_video_st  the same, the first stage's is kept
 
-Given frames enter through a convolution beside the stem that starts at zero; for I2V-Adapter they stand in z_t itself.
+Given frames enter as everywhere (model.RDTF.predict), and what they are filled to through a convolution beside the
+stem that starts at zero.
 """
 import torch
 import torch.nn as nn
@@ -33,7 +34,7 @@ def zero_(module):
 
 # ---- given frames
 class Condition(nn.Module):
-    """Given frames and their mask -> what is added behind the stem; zero at first."""
+    """What frames are filled with and the mask of given ones -> what is added behind the stem; zero at first."""
 
     def __init__(self, channels, width):
         super().__init__()
@@ -223,8 +224,6 @@ def inject(net, method, rank=16, absorber=None):
         for p in first.values():
             p.requires_grad_(False)
     ATTACH[method](net.dfgn, rank)
-    if method == "i2v_adapter":
-        net.replace_given = True
-    elif method != "appearance_lora":
+    if method != "appearance_lora":
         net.dfgn.condition = Condition(c.channels, c.widths[0])
     net.adapter = [name for name in added() if method != "customize_a_video" or name not in first]

@@ -3,6 +3,7 @@
 A set is a folder: frames-NNNNN.bin (uint8 RGBA, frame-major, of consecutive stickers), index.jsonl (a line a sticker),
 index.npy (COLUMNS of each line), skipped.jsonl (files that could not be used, and why) and meta.json.
 """
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -17,13 +18,12 @@ from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection, parent_process
-from pathlib import Path
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from lib.files import UserError, lock, read_json, read_jsonl, rename_durably, write_json
+from lib.files import UserError, clutter, lock, read_json, read_jsonl, real_folder, rename_durably, write_json
 from lib.index import COLUMNS, SPLITS, VERSION, read_meta
 from lib.media import decode_frames, durations_of_kept, square, thin
 from lib.sources import MAX_CAPTION, lies_in, move, split_of
@@ -40,7 +40,8 @@ def prepare(out, size, source, jobs, describe, workers=2, most=24, total=None, r
     gather in `.NAME.part` beside `out`, which is renamed at the end; a killed run goes on behind its whole shards.
     licences: of the stickers, for meta.json. UserError: `out` holds something else or is being written, a worker died,
     more than 5 % cannot be used."""
-    out, part = Path(out), Path(out).with_name(f".{Path(out).name}.part")
+    out = real_folder(out)                       # beside it, on its disk, the shards gather
+    part = out.with_name(f".{out.name}.part")
     wanted = dict(size=size, version=VERSION, source=source, most_frames=most)
     with lock(out.with_name(f".{out.name}.lock"), out):
         if already_prepared(out, wanted):
@@ -57,17 +58,14 @@ def prepare(out, size, source, jobs, describe, workers=2, most=24, total=None, r
             raise UserError(f"{out}: a worker died (out of memory?); the same command goes on from here") from None
         refuse_skipped(part, done)
         write_index(part, [done[number] for number in sorted(done)], dict(wanted, licences=licences or []))
-        if out.exists():
-            out.rmdir()                          # it is empty
-        part.rename(out)
-        shutil.rmtree(out / "parts")
+        publish(part, out)
     stickers, frames, skipped = (count(done, key) for key in ("stickers", "frames", "skipped"))
     print(f"{out}: {stickers} stickers, {frames} frames; {skipped} skipped", flush=True)
 
 
 def already_prepared(out, wanted):
     """True if `out` holds what is wanted, False if nothing is there. UserError: anything else."""
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or out.is_dir() and all(clutter(path.name) for path in out.iterdir()):
         return False
     found = read_meta(out) if (out / "meta.json").is_file() else {}
     if {k: found.get(k) for k in wanted} != wanted:
@@ -75,6 +73,22 @@ def already_prepared(out, wanted):
         raise UserError(f"{out} exists and holds something else ({found}); remove it or give another --out")
     print(f"{out}: already prepared ({found['stickers']} stickers, {found['frames']} frames)")
     return True
+
+
+def publish(part, out):
+    """Give a finished set its name. Into a folder that cannot be replaced (not empty, or another disk's) its files go
+    one by one, meta.json last."""
+    with contextlib.suppress(OSError):
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    if part.exists():
+        for path in sorted(part.iterdir(), key=lambda path: path.name == "meta.json"):
+            if path.name != "parts":
+                shutil.move(path, out / path.name)
+        shutil.rmtree(part)
+    else:
+        shutil.rmtree(out / "parts")
 
 
 def finished_shards(part, wanted):
@@ -138,7 +152,7 @@ def start_worker():
 def write_shard(part, size, most, read, describe, number, jobs):
     """Worker: write a shard's frames, then its lines: a summary, index records, what was skipped. -> summary."""
     temporary, room = part / f"{number}-{os.getpid()}.tmp", np.empty((most, size, size, 4), np.uint8)
-    lines, skipped, frames_before, digest = [], [], 0, hashlib.sha256()
+    lines, skipped, pixels, frames_before, digest = [], [], [], 0, hashlib.sha256()
     with open(temporary, "wb") as file:
         for job in map(read, jobs):
             try:
@@ -150,9 +164,10 @@ def write_shard(part, size, most, read, describe, number, jobs):
             file.write(frames)
             digest.update(frames)
             digest.update(json.dumps(lines[-1]).encode())
+            pixels.append(hashlib.sha256(frames).hexdigest()[:20])
             frames_before += len(frames)
     summary = dict(number=number, jobs=len(jobs), stickers=len(lines), skipped=len(skipped), frames=frames_before,
-                   reasons=[s["reason"] for s in skipped[:3]], sha256=digest.hexdigest())
+                   pixels=pixels, reasons=[s["reason"] for s in skipped[:3]], sha256=digest.hexdigest())
     rename_durably(temporary, part / f"frames-{number:05}.bin")
     temporary.write_text("".join(json.dumps(line) + "\n" for line in [summary, *lines, *skipped]))
     rename_durably(temporary, part / f"parts/{number:05}.jsonl")             # last: where it is, the frames are
@@ -211,15 +226,40 @@ def refuse_skipped(part, done):
                     f"(at most {100 * MAX_SKIPPED:.0f} % may be skipped): {'; '.join(reasons)}")
 
 
+def join_concepts(part, shards):
+    """{concept: the first of all that share a picture with it, directly or through others}, of those that share any.
+
+    A picture with several captions would otherwise be trained on under one and held out under another. Drawings of
+    emoji (with a style) have concepts of their own."""
+    first, parent = {}, {}
+
+    def root(name):
+        while parent.get(name, name) != name:
+            name = parent[name]
+        return name
+    for shard in shards:
+        lines = read_jsonl(part / f"parts/{shard['number']:05}.jsonl")
+        pixels = next(lines)[1].get("pixels", [])
+        for key, (_, record) in zip(pixels, lines):
+            if "style" not in record:
+                a, b = sorted((root(record["concept"]), root(first.setdefault(key, record["concept"]))))
+                if a != b:
+                    parent[b] = a
+    return {name: root(name) for name in parent}
+
+
 def write_index(part, shards, wanted):
     """Write index.jsonl, index.npy, skipped.jsonl and at last meta.json from the lines of the shards."""
     table, groups, concepts = np.zeros(sum(s["stickers"] for s in shards), COLUMNS), {}, {}
-    row, first = 0, 0
+    row, first, joined = 0, 0, join_concepts(part, shards)
     files = [part / f"{name}.tmp" for name in ("index.jsonl", "index.npy", "skipped.jsonl")]
     with open(files[0], "wb") as index, open(files[1], "wb") as columns, open(files[2], "w") as skipped:
         for shard in shards:
             lines = [line for _, line in read_jsonl(part / f"parts/{shard['number']:05}.jsonl")][1:]
             for record in lines[:shard["stickers"]]:
+                if record["concept"] in joined and "style" not in record:
+                    record["concept"] = joined[record["concept"]]
+                    record["split"] = split_of(record["concept"])
                 index.write(json.dumps(dict(record, first=first)).encode() + b"\n")
                 group = groups.setdefault(record["group"], len(groups))
                 concept = concepts.setdefault(record["concept"], len(concepts))

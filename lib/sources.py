@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -25,6 +26,7 @@ from PIL import Image, ImageDraw
 
 from lib.files import UserError, file_hash, numbered_lines, parse_line, read_jsonl
 from lib.media import FORMATS, MAX_BYTES, MAX_FRAMES
+from lib.towers import LENGTH, clip_tokenizer
 
 MAX_CAPTION = 2000                               # characters
 EMOJIBASE = ("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
@@ -72,9 +74,26 @@ def split_of(concept):
     return "train" if u < 0.85 else "val" if u < 0.90 else "test"
 
 
+def caption_key(caption):
+    """What the tokenizer reads of a caption, as text: two that are read alike are one concept."""
+    tokenizer = clip_tokenizer()
+    return tokenizer.decode(tokenizer.encode(caption)[:LENGTH - 2]).strip() or caption.lower()
+
+
 def plain_labels(caption):
     """What a job needs beside its file, from a caption alone."""
-    return dict(caption=caption, keywords=[], concept=caption.lower(), group="")
+    return dict(caption=caption, keywords=[], concept=caption_key(caption), group="")
+
+
+def content_of(path):
+    """What tells a file's content from another's, whatever its name, place and time; None where none can be read."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
+            return None
+        return file_hash(path) if found.st_size <= MAX_BYTES else found.st_size
+    except (OSError, ValueError):
+        return None
 
 
 # ---- emoji
@@ -150,7 +169,8 @@ def fluent_jobs(parts, downloads):
     labels = emoji_labels(fetch(*EMOJIBASE, downloads))
     archives = [fetch(*FLUENT[part], downloads) for part in parts]
     stickers = itertools.chain.from_iterable(map(tar_stickers, archives))
-    return (dict(file=f"{stem}.webp", source=content, **labels.get(code_points(stem), plain_labels(stem)))
+    return (dict(file=f"{stem}.webp", source=content,
+                 **labels.get(code_points(stem), dict(plain_labels(stem), concept=stem)))
             for stem, content in stickers)
 
 
@@ -249,24 +269,55 @@ def survey(manifest, root, limit, outside, check):
 def folder_jobs(root, outside=False):
     """Jobs of the GIF, WebP, PNG and JPEG files below a folder; outside: files may lie outside it.
 
-    captions.jsonl, if there is one, lists files and captions; else a file's caption is in NAME.txt, or is its stem."""
+    captions.jsonl or metadata.jsonl, if there is one, lists files and captions; else a file's caption is in NAME.txt,
+    NAME.caption or NAME.gif.txt beside it, in small letters or capitals, or is its stem. Lines say how many captions
+    are file names, and what was not looked at."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
-    if (root / "captions.jsonl").exists():
-        yield from listed_jobs(root, root / "captions.jsonl", outside)
-        return
     files = sorted(path for path in files_below(root, outside) if path.is_file())
     pictures = [path for path in files if path.suffix.lower() in FORMATS]
+    listed = next((root / name for name in LISTS if (root / name).exists()), None)
+    if listed:
+        jobs = list(listed_jobs(root, listed, outside))
+        seen = {os.path.normpath(root / job["file"]) for job in jobs} | {str(listed)}
+        report_rest(root, [path for path in files if os.path.normpath(path) not in seen], f"not in {listed.name}")
+        return jobs
     if not pictures:
         kinds = Counter(path.suffix.lower() or "without an ending" for path in files).most_common(4)
         held = ", ".join(f"{n} {kind}" for kind, n in kinds) or "no file"
         raise UserError(f"{root}: no GIF, WebP, PNG or JPEG in it, but {held}; convert them or name another folder")
+    texts, used, named, jobs = {caption_place(path): path for path in files if is_text(path)}, set(pictures), [], []
     for path in pictures:
-        text = path.with_suffix(".txt")
-        if text.is_file() and not outside and not lies_in(root, text):
+        text = texts.get(str(path).lower()) or texts.get(str(path.with_suffix("")).lower())
+        if text and not outside and not lies_in(root, text):
             raise UserError(f"{text}: a link out of {root}; --allow-outside follows it")
-        caption = read_caption(text) if text.is_file() else re.sub(r"[-_\s]+", " ", path.stem)
-        yield plain_job(path.relative_to(root).as_posix(), path, caption, root=None if outside else root)
+        caption = read_caption(text) if text else re.sub(r"[-_\s]+", " ", path.stem)
+        used.add(text)
+        named += [] if text else [caption]
+        jobs.append(plain_job(path.relative_to(root).as_posix(), path, caption, root=None if outside else root))
+    if named:
+        print(f"{root}: {len(named)} of {len(jobs)} captions are file names, such as {named[0]!r}", flush=True)
+    report_rest(root, [path for path in files if path not in used], "not looked at")
+    return jobs
+
+
+LISTS = "captions.jsonl", "metadata.jsonl"       # ours, and that of Hugging Face's image folders
+
+
+def is_text(path):
+    return path.suffix.lower() in (".txt", ".caption")
+
+
+def caption_place(text):
+    """NAME.txt -> name, by which a picture finds it: with or without its ending, in small letters."""
+    return str(text.with_suffix("")).lower()
+
+
+def report_rest(root, paths, what):
+    """Say how many files of which kinds were passed over."""
+    kinds = Counter(path.suffix.lower() or "without an ending" for path in paths).most_common(6)
+    if kinds:
+        print(f"{root}: {what}: {', '.join(f'{n} {kind}' for kind, n in kinds)}", flush=True)
 
 
 def files_below(root, follow):
@@ -283,20 +334,26 @@ def files_below(root, follow):
 
 
 def listed_jobs(root, captions, outside):
-    """Jobs of the lines of captions.jsonl: {"file": ..., "caption": ...}."""
+    """Jobs of the lines of captions.jsonl, {"file": ..., "caption": ...}, or metadata.jsonl, whose names are
+    "file_name" and "text"."""
     for number, line in read_jsonl(captions):
-        file, caption = line.get("file"), line.get("caption")
+        file, caption = (next((line[key] for key in keys if key in line), None)
+                         for keys in (("file", "file_name"), ("caption", "text")))
         if not isinstance(file, str) or not isinstance(caption, str):
-            raise UserError(f"{captions}, line {number}: needs \"file\" and \"caption\"")
+            needed = "\"file_name\" and \"text\"" if captions.name == LISTS[1] else "\"file\" and \"caption\""
+            raise UserError(f"{captions}, line {number}: needs {needed}")
         if climbs_out(file) and not outside:
             raise UserError(f"{captions}, line {number}: \"file\" must be below {root} (or else --allow-outside)")
         yield plain_job(file, root / file, caption, root=None if outside else root)
 
 
-def read_caption(path):
-    """The text of a small file; of a large one as much as shows that it is too long."""
+def read_caption(path, most=None):
+    """The text of a small file; of a large one as much as shows that it is too long. most: bytes, beyond which the file
+    is refused."""
     with open(path, "rb") as file:
-        content = file.read(8 * MAX_CAPTION)
+        content = file.read(most + 1 if most else 8 * MAX_CAPTION)
+    if most and len(content) > most:
+        raise UserError(f"{path}: more than {most} bytes of captions; make it shorter")
     try:
         marked = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
         return content.decode("utf-16" if marked else "utf-8-sig")

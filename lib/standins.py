@@ -75,22 +75,29 @@ class StandinExtractor:
         return self.net(to_signed(clips)).float().cpu().numpy()
 
 
+def looped(clips):
+    """Clips (N, t, ...) shown over and over until they have 5 frames: what FD-app of a few frames is made of. Means and
+    deviations over the frames do not feel it."""
+    return np.tile(clips, (1, -(-5 // clips.shape[1]), *[1] * (clips.ndim - 2)))
+
+
 def fd_app(reference, other):
-    """Distance of looks, (N, 384) and (M, 384); blind to the order of frames."""
-    return fd(reference[:, :APPEARANCE], other[:, :APPEARANCE])
+    """Distance of looks, (..., N, 384) and (..., M, 384); blind to the order of frames."""
+    return fd(reference[..., :APPEARANCE], other[..., :APPEARANCE])
 
 
 def fd_mot(reference, other):
-    """Distance of motion, (N, 384) and (M, 384)."""
-    return fd(reference[:, APPEARANCE:], other[:, APPEARANCE:])
+    """Distance of motion, (..., N, 384) and (..., M, 384)."""
+    return fd(reference[..., APPEARANCE:], other[..., APPEARANCE:])
 
 
 @torch.no_grad()
-def denoising_loss(sampler, clips, captions, mask, seed, batch, timesteps=(100, 300, 500, 700, 900)):
-    """(N,) training loss of frames that are not given, mean over the timesteps; clip k's noise is seeded by (seed, k).
+def z0_errors(sampler, clips, captions, mask, seed, batch, timesteps):
+    """(N, timesteps, T) squared error of the predicted latents of every frame, in one step from each timestep.
 
-    clips (N, T, S, S, 4) uint8, mask (T,). It compares networks of one VAE and schedule."""
-    net, losses = sampler.net, []
+    clips (N, T, S, S, 4) uint8, mask (T,) of the given frames; clip k's noise is seeded by (seed, k) and is that of all
+    timesteps, tasks and networks, so that errors are compared clip by clip."""
+    net, errors = sampler.net, []
     for i in range(0, len(clips), batch):
         part, share = clips[i:i + batch], captions[i:i + batch]
         z0 = sampler.known_latents(part, torch.ones(part.shape[:2]))
@@ -98,11 +105,10 @@ def denoising_loss(sampler, clips, captions, mask, seed, batch, timesteps=(100, 
         noise = torch.from_numpy(np.stack([rng.standard_normal(z0.shape[1:], np.float32) for rng in rngs])).to(z0)
         text = net.encode_text(sampler.tokens(share))
         given, real = torch.tensor(np.stack([mask] * len(part))).to(z0), torch.ones(part.shape[:2]).to(z0)
-        found = []
         for t in timesteps:
             at = torch.full((len(part),), t, device=z0.device)
-            pred = net.predict(net.diffusion.add_noise(z0, noise, at), at, *text, z0, given, real)
-            error = ((pred - net.diffusion.target(z0, noise, at)) ** 2).mean((2, 3, 4))      # (b, T)
-            found.append(net.diffusion.weight(at) * error[:, mask == 0].mean(1))
-        losses.append(torch.stack(found).mean(0).cpu())
-    return torch.cat(losses).numpy()
+            found = net.z0(net.diffusion.add_noise(z0, noise, at), at, *text, z0, given, real)
+            errors.append(((found - z0) ** 2).mean((2, 3, 4)).cpu())                  # (b, T)
+    sizes = range(0, len(clips), batch)
+    parts = [torch.stack(errors[k * len(timesteps):(k + 1) * len(timesteps)], 1) for k in range(len(sizes))]
+    return torch.cat(parts).numpy()

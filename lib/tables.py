@@ -8,7 +8,8 @@ from scipy import stats
 from lib.checkpoints import flat
 from lib.files import UserError
 
-COLUMNS = ("FVD", "VQA", "CLIP", "loss", "Recog@1", "FD-app", "FD-mot", "dB over copying")   # of the paper's tables
+COLUMNS = ("FVD", "VQA", "CLIP", "loss", "Recog@1", "FD-app", "FD-mot", "prediction error",
+           "same sticker")                       # of the paper's tables
 
 
 def markdown(head, rows):
@@ -25,11 +26,37 @@ def score_cell(scores, name, digits=2):
     return with_interval(scores[name]["mean"], scores[name]["interval"], digits) if scores and name in scores else "-"
 
 
+def interval_cell(found, name, digits=2):
+    return with_interval(**found[name], digits=digits) if found and name in found else "-"
+
+
+def prediction_table(tasks):
+    """A row for each task with given frames: errors in one step from pure noise as shares of the baselines'."""
+    names = {"over copying": "error / copying's", "over blending": "error / blending's",
+             "no caption, over copying": "without caption / copying's", "caption over none": "with caption / without"}
+    rows = {task: t for task, t in tasks.items() if t["prediction"]}
+    head = ["prediction of unknown frames", *names.values(), "same sticker", "same sticker, real"]
+    cells = [[task, *(interval_cell(t["prediction"], name) for name in names),
+              *(score_cell(t["scores"], name) for name in head[-2:])] for task, t in rows.items()]
+    return markdown(head, cells) if rows else ""
+
+
+def timestep_table(tasks):
+    """A row for each task with given frames: its error on unknown frames as a share of t2v's on the same frames."""
+    rows = {task: t["prediction"]["over t2v"] for task, t in tasks.items() if t["prediction"]}
+    if not rows:
+        return ""
+    steps = list(next(iter(rows.values())))
+    return markdown(["error / t2v's on the same frames", *(f"t = {t}" for t in steps)],
+                    [[task, *(with_interval(**found[t]) for t in steps)] for task, found in rows.items()])
+
+
 def psnr_table(tasks):
-    """A row for each task: the model and the baselines, in dB over the frames that are not given."""
-    names = ("model", "copy", "blend", "vae", "model - copy")
-    head = ["PSNR of unknown frames, dB", "model", "copy nearest", "blend in a loop", "VAE round trip", "model - copy"]
-    return markdown(head, [[task, *(score_cell(t["psnr"], name) for name in names)] for task, t in tasks.items()])
+    """A row for each task: the model and the baselines through the VAE, in dB over the frames that are not given."""
+    names = ("model", "copy", "blend", "vae", "model - copy", "model - blend")
+    head = ["PSNR of unknown frames, dB", "model", "copy nearest", "blend in a loop", "VAE round trip", *names[-2:]]
+    rows = {task: t["psnr"] for task, t in tasks.items() if t["psnr"]}
+    return markdown(head, [[task, *(interval_cell(found, name) for name in names)] for task, found in rows.items()])
 
 
 def distance_cell(d, name):
@@ -40,17 +67,30 @@ def distance_cell(d, name):
     return with_interval(**d[name], digits=1 if name == "FVD" else 2)
 
 
-def distance_table(tasks, vae, floor):
-    """A row for each task, for copying in it, for the VAE's round trip, and for as many other real clips."""
-    rows = {}
+SHOWN = dict(copy="copy nearest", blend="blend in a loop", vae="VAE round trip")
+
+
+def distance_table(tasks, floor):
+    """Rows for each task: the model, the baselines and, paired, the model less each; and as many other real clips."""
+    rows, found = {}, [d for t in tasks.values() for d in t["fd"].values()]
     for task, t in tasks.items():
-        rows[task] = t["fd"]
-        if t["fd_copy"]:
-            rows[f"copy nearest, {task}"] = t["fd_copy"]
-    rows.update({"VAE round trip of all frames": vae, "floor: real, other concepts": floor})
-    names = [*(("FVD", "FVD-inf") if "FVD" in vae else ()), "FD-app", "FD-mot"]
+        rows[task] = t["fd"]["model"]
+        for name, label in SHOWN.items():
+            if name in t["fd"]:
+                rows[f"{task}, {label}"] = t["fd"][name]
+                if name in t["fd_less"]:
+                    rows[f"{task}, model - {label}"] = dict(n=t["fd"][name]["n"], **t["fd_less"][name])
+    rows["real, other concepts"] = floor
+    names = [*(("FVD", "FVD-inf") if any("FVD" in d for d in found) else ()), "FD-app", "FD-mot"]
     cells = [[label, str(d["n"]) if d else "-", *(distance_cell(d, k) for k in names)] for label, d in rows.items()]
     return markdown(["distance to the real clips", "n", *names], cells)
+
+
+def all_of(report):
+    """The tables of an evaluation that have rows."""
+    tasks = report["tasks"]
+    return [table for table in (prediction_table(tasks), timestep_table(tasks), distance_table(tasks, report["floor"]),
+                                score_table(tasks, report["real"]), psnr_table(tasks)) if table.count("\n") > 1]
 
 
 def difference_table(rows):
@@ -72,7 +112,7 @@ def check_alike(option, reports):
     """UserError unless all reports ({run: report}) measured the same on the same stickers."""
     (first, report), *others = reports.items()
     for run, other in others:
-        for key in ("set", "split", "n", "seed", "sampler", "protocol", "files", "metrics"):
+        for key in ("set", "split", "n", "seed", "protocol", "files", "metrics"):
             if other.get(key) != report.get(key):
                 raise UserError(f"{option} {run}: evaluated with another {key} than {first}; evaluate both alike")
         if list(other["tasks"]) != list(report["tasks"]):
@@ -85,8 +125,8 @@ def read_run(run):
         config, report = (json.loads((Path(run) / name).read_text()) for name in ("config.json", "eval.json"))
         trained = {k: v for k, v in config["train"].items() if k not in ("set", "out")}
         trained = flat(dict(train=trained, model=config["model"]))
-        margins = [score_cell(t["psnr"], "model - copy") for t in report["tasks"].values() if t["psnr"]]
-        distances = [", ".join(f"{t['fd'][name]['value']:.2f}" for name in ("FD-app", "FD-mot"))
+        margins = [interval_cell(t["prediction"], "over copying") for t in report["tasks"].values() if t["prediction"]]
+        distances = [", ".join(f"{t['fd']['model'][name]['value']:.2f}" for name in ("FD-app", "FD-mot"))
                      for t in report["tasks"].values()]
         return trained, report, [str(report["step"]), *margins, *distances]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -103,7 +143,7 @@ def compare(runs):
     def changes(trained):
         differing = {k.split(".", 1)[1]: json.dumps(v) for k, v in trained.items() if first.get(k) != v}
         return ", ".join(f"{k}={v}" for k, v in differing.items()) or "-"
-    given = [f"{task}, dB over copying" for task, t in report["tasks"].items() if t["psnr"]]
+    given = [f"{task}, error / copying's" for task, t in report["tasks"].items() if t["prediction"]]
     head = ["run", "differs in", "step", *given, *(f"{task}, FD-app, FD-mot" for task in report["tasks"])]
     rows = [[Path(run).name, changes(trained), *cells] for run, (trained, _, cells) in found.items()]
     return f"{report['protocol']}\n\n{markdown(head, rows)}"

@@ -1,6 +1,7 @@
 """Model files: weights that are not trusted, our own models, Stable Diffusion's VAE, open_clip's text towers.
 
 Nothing in a file is executed (safetensors, torch.load(weights_only=True)); sizes are checked before memory is taken."""
+import hashlib
 import json
 import os
 import re
@@ -47,7 +48,7 @@ def read_weights(path, option, prefixes=("",)):
     if not Path(path).is_file():
         raise UserError(f"{option} {path}: no such file")
     try:
-        if Path(path).suffix == ".safetensors":
+        if Path(path).suffix.lower() == ".safetensors":
             with safe_open(str(path), "pt") as file:
                 found = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefixes)}
         else:
@@ -86,33 +87,94 @@ def load_strict(net, weights, option, path, assign=False):
     return net.eval().requires_grad_(False)
 
 
+def load_fitting(net, weights, path, say):
+    """Load what fits by name and shape; the rest of `net` stays as it is and is named in a line if `say`. -> its names.
+
+    UserError where it is more than half of the parameters."""
+    own = net.state_dict()
+    new = [k for k, w in own.items() if k not in weights or weights[k].shape != w.shape]
+    share = sum(own[k].numel() for k in new) / sum(w.numel() for w in own.values())
+    if share > 0.5:
+        raise UserError(f"--base {path}: only {1 - share:.0%} of the parameters are there in this shape")
+    if new and say:
+        parts = dict.fromkeys(k.rpartition(".")[0] for k in new)
+        print(f"--base {path}: {share:.1%} of the parameters start anew: {', '.join(parts)}")
+    net.load_state_dict({**own, **{k: weights[k] for k in own.keys() - set(new)}})
+    return new
+
+
+def model_file(path):
+    """The file of weights in a folder: a run's, or one of a VAE as diffusers lays it out; a file's path as it is."""
+    names = ("model.safetensors", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
+             "diffusion_pytorch_model.bin")
+    if not Path(path).is_dir():
+        return path
+    found = next((Path(path) / name for name in names if (Path(path) / name).is_file()), None)
+    if found is None:
+        advice = "; the command that trained it writes it again" if (Path(path) / "state.pt").is_file() else ""
+        raise UserError(f"{path}: a folder without {names[0]}{advice}")
+    return found
+
+
 # ---- our own model.safetensors
+OURS = "rdtf"                                    # the key of all our metadata
+
+
 def save_model(path, weights, **metadata):
-    """Weights as .safetensors, atomically; metadata values must be JSON-able."""
+    """Weights as .safetensors, atomically; metadata values must be JSON-able. Equal contents are equal files."""
     weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
 
     def write(temporary):
         temporary.touch()
         mode = temporary.stat().st_mode          # safetensors itself writes files that nobody else may read
-        save_file(weights, temporary, metadata={k: json.dumps(v) for k, v in metadata.items()})
+        # One key: safetensors writes several in an order of its own, another one in each process.
+        save_file(weights, temporary, metadata={OURS: json.dumps(metadata, sort_keys=True)})
         temporary.chmod(mode)
     atomic_write(path, write)
 
 
 def read_metadata(path):
-    """The metadata that save_model was given."""
+    """The metadata that save_model was given. ValueError: of a file that something else wrote."""
     with safe_open(str(path), "pt") as file:
-        return {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
+        found = file.metadata() or {}
+    if OURS in found:
+        return dict(json.loads(found[OURS]))
+    return {k: json.loads(v) for k, v in found.items()}          # a key for each, as it was once
 
 
 def is_own(path, kind=None):
     """True for a file that save_model wrote, of a kind if one is named."""
     try:
-        with safe_open(str(path), "pt") as file:
-            found = (file.metadata() or {}).get("kind")
-    except (SafetensorError, OSError):
+        found = read_metadata(path).get("kind")
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError):
         return False
-    return found is not None and kind in (None, found.strip('"'))
+    return found is not None and kind in (None, found)
+
+
+def identity(path):
+    """By what a model is known: the SHA-256 of its tensors and configuration; of a file that is not ours, its bytes'.
+
+    So a file's header, its place and what else it says (where its VAE lay, the step, how it is sampled if nobody says
+    otherwise) change nothing."""
+    path = model_file(path)
+    if not is_own(path):
+        return file_hash(path)
+    metadata, digest = read_metadata(path), hashlib.sha256()
+    config = metadata.get("config", {})
+    parts = {k: v for k, v in config.items() if k == "vae" or metadata["kind"] != "vae" and k != "sampling"}
+    digest.update(json.dumps([metadata["kind"], parts, metadata.get("base")], sort_keys=True).encode())
+    with safe_open(str(path), "pt") as file:
+        for name in sorted(file.keys()):
+            w = file.get_tensor(name)
+            digest.update(f"{name} {w.dtype} {list(w.shape)}".encode())
+            digest.update(w.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def names_of(path):
+    """All by which a model may be known to others: its identity and, as in files written before there was one, its
+    file's hash."""
+    return {identity(path), file_hash(model_file(path))}
 
 
 def check_metadata(path, metadata, kind):
@@ -126,16 +188,26 @@ def check_metadata(path, metadata, kind):
         raise UserError(f"{path}: not what train.py writes (metadata.{wrong[0]} is missing or of another type)")
 
 
+def what_is_wrong(path, error):
+    """Why a file of weights cannot be read."""
+    with open(path, "rb") as file:
+        pointer = file.read(40).startswith(b"version https://git-lfs")
+    return "a pointer of git-lfs; `git lfs pull` fetches the file" if pointer else first_line(error)
+
+
 def read_own(path, kind, advice):
     """(metadata, weights) of a file that train.py wrote; UserError for any other.
 
     kind: "vae", "dfgn" or "adapter". advice: end of the message where there is no file."""
+    path = model_file(path)
     if not Path(path).is_file():
-        raise UserError(f"{path}: no such model; {advice}")
+        state = Path(path).with_name("state.pt").is_file()
+        again = "the command that trained it writes it again" if state else advice
+        raise UserError(f"{path}: no such model; {again}")
     try:
         metadata, weights = read_metadata(path), load_file(path)
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not a readable .safetensors model ({first_line(error)})") from None
+        raise UserError(f"{path}: not a readable .safetensors model ({what_is_wrong(path, error)})") from None
     check_metadata(path, metadata, kind)
     return metadata, weights
 
@@ -167,7 +239,7 @@ def load_adapter(path, load_base, inject):
     base = find_file(path, metadata["base_file"])
     if not base:
         raise UserError(f"{path}: tunes {metadata['base_file']}, which is not there; put the base at that place")
-    if file_hash(base) != metadata["base"]:
+    if metadata["base"] not in names_of(base):
         raise UserError(f"{path}: tunes another base than {base}, which has changed")
     net, of_base = load_base(base)
     try:
@@ -181,7 +253,7 @@ def load_adapter(path, load_base, inject):
 def find_file(model, file):
     """A file that a model names, also where the training's folder is not the current one; None: it is gone."""
     folders = (Path(), *Path(model).resolve().parents)
-    return next((folder / file for folder in folders if (folder / file).is_file()), None)
+    return next((model_file(folder / file) for folder in folders if (folder / file).exists()), None)
 
 
 # ---- Stable Diffusion's VAE

@@ -27,7 +27,7 @@ def places(stickers16, tiny_vae, tiny_dfgn, tmp_path_factory):
     files = {"cut.safetensors": (root / "run/model.safetensors").read_bytes()[:-1], "text.bin": b"no weights",
              "cutset/frames-00000.bin": b"x", "noset/meta.json": b"{", "oldset/meta.json": b'{"version": 1}',
              "norun/config.json": b"{}", "damaged/state.pt": b"PK\3\4", "damaged/state.prev.pt": b"PK\3\4",
-             "bad.webp": b"RIFF", "blank.txt": b"\n \n", "none.jsonl": b"{}\n",
+             "bad.webp": b"RIFF", "blank.txt": b"\n \n", "long.txt": b"star\n" * 2 ** 18, "none.jsonl": b"{}\n",
              "bad.jsonl": b'{"step": 1, "entropy": 0.5}\n{"step"\n', "list.jsonl": b"[1]\n",
              "up.jsonl": b'{"visual_path": "../x.gif", "eng_cap": "x"}\n', "stickers/captions.jsonl": b'{"file": 1}\n'}
     for name, content in files.items():
@@ -66,10 +66,11 @@ CASES = [                                        # (command, input, message)
     (TRAIN, "--out {r}/blank.txt", "blank.txt: a file is in the way"),
     (TRAIN, "--base {r}/nowhere", "nowhere: no such model"),
     (TRAIN, "--data", "--data: name a prepared set"),
-    (TRAIN, "--still-share 0.1 0.2 0.3", "--still-share: give one share, or the first and the last"),
-    (TRAIN, "--still-share 0.5 -1", "--still-share -1.0: a share is 0 to 1"),
+    (TRAIN, "--still-share -1", "--still-share -1.0: a share is 0 to 1"),
+    (TRAIN, "--given-text-drop 0.9", "--given-text-drop, --cond-drop and --both-drop: more than 1 in all"),
     (TRAIN, "--sample-every 5", "--sample-every and --prompts: give both"),
     (TRAIN, "--sample-every 5 --prompts {r}/blank.txt", "--prompts .*blank.txt: no captions in it"),
+    (TRAIN, "--sample-every 5 --prompts {r}/long.txt", "long.txt: more than 1048576 bytes of captions"),
     (TRAIN, "--text-drop 1.5", "--text-drop 1.5: a share is 0 to 1"),
     (TRAIN, "--batch 3 --accumulate 2", "--batch 3: not a multiple of the 1 processes times --accumulate 2"),
     (TRAIN, "--stage vae --checkpointing", "--checkpointing: for the dfgn stage alone"),

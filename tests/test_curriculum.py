@@ -70,8 +70,10 @@ def test_r_is_the_smoothed_share_of_earlier_scores_above():
     assert smooth.r > 0.5 and smooth.losses.maxlen == smooth.scores.maxlen == 1000
 
 
-def test_losses_are_divided_by_the_mean_of_the_first_hundred_of_their_task_and_decile():
-    c = Curriculum("adaptive", 100)
+def test_losses_are_divided_by_the_mean_of_the_first_of_their_task_and_decile():
+    """A tenth of a cell's share of all losses; 6 tasks and 10 deciles are 60 cells."""
+    assert [Curriculum(losses=n).reference for n in (0, 6000, 60_000, 600_000)] == [5, 10, 100, 1000]
+    c = Curriculum("adaptive", 100, losses=60_000)
 
     def normalised(*losses, tasks, deciles):
         return c.normalise(np.array(losses), np.array(tasks), np.array(deciles)).tolist()
@@ -87,14 +89,14 @@ def test_losses_are_divided_by_the_mean_of_the_first_hundred_of_their_task_and_d
 @pytest.mark.parametrize("noise, low, high", [(0.0, 0.9, 1.0), (0.3, 0.4, 0.6)])
 def test_a_plateau_after_a_fall_does_not_count_as_getting_worse(noise, low, high):
     """A trained network is not sent back to easy tasks: of equal losses most earlier ones were higher."""
-    rng, c = np.random.default_rng(0), Curriculum("adaptive", 100, smooth=1 if noise == 0 else 100)
+    rng, c = np.random.default_rng(0), Curriculum("adaptive", 100, smooth=1 if noise == 0 else 100, losses=60_000)
     for loss in [*np.linspace(2, 1, 100), *np.ones(300 if noise == 0 else 3000)]:
         c.observe([loss * (1 + noise * rng.uniform(-1, 1))], [0], [0])
     assert low <= c.r <= high
 
 
 def test_a_state_through_json_goes_on_identically():
-    rng, (whole, first, second) = np.random.default_rng(1), (Curriculum("adaptive", 60) for _ in range(3))
+    rng, (whole, first, second) = np.random.default_rng(1), (Curriculum("adaptive", 60, losses=500) for _ in range(3))
     steps = [(rng.gamma(4, 0.25, 8), rng.integers(0, 6, 8), rng.integers(0, 10, 8)) for _ in range(60)]
     for step in steps[:35]:
         first.observe(*step)
@@ -109,7 +111,10 @@ def test_a_state_through_json_goes_on_identically():
 def test_the_plot(tmp_path, monkeypatch):
     monkeypatch.setattr(curriculum, "simulate", lambda mode: simulate(mode, 60))
     plot, log = tmp_path / "plot.png", tmp_path / "log.jsonl"
-    log.write_text("".join(json.dumps(dict(step=step, entropy=0.5)) + "\n" for step in (10, 20)))
+    log.write_text("".join(json.dumps(dict(step=step, entropy=0.5, **more)) + "\n"
+                           for step, more in ((10, {}), (20, dict(entropy_all=0.8)))))
+    steps, found = curriculum.read_entropy(log)
+    assert steps == [10, 20] and found["entropy"] == [0.5, 0.5] and found["entropy_all"][1] == 0.8
     curriculum.main(["--plot", str(plot), "--log", str(log)])
     with Image.open(plot) as image:
         assert image.format == "PNG" and image.width > 800

@@ -74,7 +74,8 @@ def test_extrapolation_is_near_the_truth_and_knows_its_error():
 def test_psnr_and_what_networks_see_by_hand():
     x = np.zeros((3, 2, 4, 4, 3), np.float32)
     y = x + np.array([0.1, 0.5, 0], np.float32).reshape(3, 1, 1, 1, 1)
-    assert distances.psnr(x, y) == pytest.approx([20, 6.0206, distances.PSNR_CAP], abs=1e-4)
+    assert distances.psnr((x - y) ** 2) == pytest.approx(-10 * np.log10(0.26 / 3), abs=1e-4)
+    assert distances.psnr(0 * x) == distances.PSNR_CAP
     rgba = np.array([[[0, 0, 0, 0], [255, 0, 0, 255], [0, 0, 0, 51]]], np.uint8)
     assert distances.on_white(rgba)[0].ravel().tolist() == pytest.approx([1, 1, 1, 1, 0, 0, 0.8, 0.8, 0.8])
     x = distances.to_signed(np.array([0, 255, 102], np.uint8).reshape(1, 1, 1, 1, 3))
@@ -87,8 +88,8 @@ def test_differences_are_paired_by_clip_and_over_runs():
 
     def row(*offsets):
         return [distances.by_clips(dict(scores=dict(loss=dict(clips=hard + x + 0.01 * rng.standard_normal(40)),
-                                                    known=dict(clips=hard[:37] + x)),  # the judge lacks three concepts
-                                        psnr={"model - copy": dict(clips=-hard)}), {}) for x in offsets]
+                                                    known=dict(clips=hard[:37] + x),  # the judge lacks three concepts
+                                                    same=dict(clips=-hard))), {}) for x in offsets]
     found = distances.differences({"A": row(0), "B": row(0.3), "C": row(0, 0.6)}, 40, 0)
     assert set(found) == {"B - A", "C - A"}
     for name, least, most in (("B - A", 0, 0.02), ("C - A", 0.5, 0.7)):      # runs that differ widen it
@@ -96,14 +97,32 @@ def test_differences_are_paired_by_clip_and_over_runs():
         assert found[name]["loss"]["value"] == pytest.approx(0.3, abs=0.02)
         assert low < 0.3 < high and least < high - low < most
     assert found["B - A"]["known"]["value"] == pytest.approx(0.3)
-    assert found["B - A"]["dB over copying"] == dict(value=0, interval=(0, 0))
+    assert found["B - A"]["same"] == dict(value=0, interval=(0, 0))
+    seeds = distances.differences({"A": row(0, 1, 2), "B": row(0.3, 1.3, 2.3)}, 40, 0)["B - A"]["loss"]
+    assert seeds["value"] == pytest.approx(0.3, abs=0.02) and np.ptp(seeds["interval"]) < 0.05   # seed by seed
+
+
+def test_distances_of_many_draws_are_those_of_each():
+    a, b = np.random.default_rng(0).standard_normal((2, 3, 12, 8)) + 0.5
+    for few in (slice(None), slice(5)):                                      # more samples than features, and fewer
+        for distance in (frechet, fd):
+            assert distance(a[:, few], b[:, few]) == pytest.approx([distance(*x) for x in zip(a[:, few], b[:, few])])
 
 
 def test_difference_of_distances():
     rng = np.random.default_rng(0)
     real = rng.standard_normal((60, 4))
-    near, far = ([distances.by_clips(dict(scores={}, psnr={"model - copy": dict(clips=[0] * 60)}),
-                                     {"FD": (fd, real, real + x)})] for x in (0.1, 1.0))
+    near, far = ([distances.by_clips(dict(scores={}), {"FD": (fd, real, real + x)})] for x in (0.1, 1.0))
     found = distances.differences({"near": near, "far": far}, 60, 0)["far - near"]["FD"]
     assert found["value"] == pytest.approx(fd(real, real + 1) - fd(real, real + 0.1))
     assert found["interval"][0] > 0.5 * found["value"]
+
+
+def test_intervals_of_ratios_are_paired():
+    rng = np.random.default_rng(0)
+    hard = rng.gamma(2, 1, 50)
+    found = distances.paired_interval(distances.ratio, 0.8 * hard + 0.01 * rng.standard_normal(50), hard)
+    assert found["value"] == pytest.approx(0.8, abs=0.01) and found["interval"][0] < 0.8 < found["interval"][1]
+    assert np.ptp(found["interval"]) < 0.02                                  # the means alone vary by a tenth
+    assert np.ptp(distances.paired_interval(np.mean, hard)["interval"]) == pytest.approx(
+        2 * 1.96 * hard.std() / 50 ** 0.5, rel=0.1)

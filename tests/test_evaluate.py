@@ -12,34 +12,45 @@ import data
 import evaluate
 from data import TASKS, eval_mask
 from lib import extractors, tables
-from lib.distances import PSNR_CAP
 from lib.dover import DOVER
 from lib.files import UserError
 from lib.i3d import I3D
-from lib.standins import denoising_loss
+from lib.standins import z0_errors
+from lib.weights import identity
 from sample import Sampler
 
 
 # ---- baselines and numbers
 def test_copy_and_blend_by_hand():
-    clips = np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1, 1)
-    values = lambda x: x.ravel().tolist()
-    mask = eval_mask("interpolation", 8, 8)
-    assert values(evaluate.copy_nearest(clips, mask)) == [0, 0, 2, 2, 4, 4, 6, 6]
-    assert values(evaluate.blend(clips, mask)) == [0, 1, 2, 3, 4, 5, 6, 3]        # the first follows the last
-    assert values(evaluate.copy_nearest(clips, eval_mask("prediction_forward", 8, 8))) == [0, 1, 2, 3, 4, 4, 4, 4]
+    clips, mask = np.arange(8, dtype=np.float32).reshape(1, 8, 1, 1, 1), eval_mask("interpolation", 8, 8)
+
+    def values(mask, fill):
+        return evaluate.filled(clips, mask, fill).ravel().tolist()
+    assert values(mask, "nearest") == [0, 0, 2, 2, 4, 4, 6, 6]
+    assert values(mask, "blend") == [0, 1, 2, 3, 4, 5, 6, 3]                     # the first follows the last
+    assert values(eval_mask("prediction_forward", 8, 8), "nearest") == [0, 1, 2, 3, 4, 4, 4, 4]
     third = np.array([0, 1, 0, 0, 1, 0, 0, 0], np.float32)
-    assert values(evaluate.blend(clips, third)) == pytest.approx([1.6, 1, 2, 3, 4, 3.4, 2.8, 2.2])
+    assert values(third, "blend") == pytest.approx([1.6, 1, 2, 3, 4, 3.4, 2.8, 2.2])
+    assert values(eval_mask("it2v", 8, 8), "blend") == [0] * 8
+    shown = evaluate.baselines(clips, clips + 10, mask)
+    assert shown["vae"].ravel().tolist() == [0, 11, 2, 13, 4, 15, 6, 17] and set(shown) == {"vae", "copy", "blend"}
+    assert set(evaluate.baselines(clips, clips, eval_mask("it2v", 8, 8))) == {"vae", "copy"}
+    assert set(evaluate.baselines(clips, clips, eval_mask("t2v", 8, 8))) == {"vae"}
 
 
-def test_psnr_is_of_unknown_frames_only():
+def test_psnr_is_of_the_pooled_errors_of_unknown_frames():
     real = np.random.default_rng(0).random((4, 8, 5, 5, 3)).astype(np.float32)
     mask = eval_mask("prediction_forward", 8, 8)
     made = real.copy()
-    made[:, mask == 0] += 0.1
-    values = evaluate.psnr_of(made, real, real, mask, 0)
-    assert values["model"]["mean"] == pytest.approx(20, abs=1e-3) and values["vae"]["mean"] == PSNR_CAP
-    assert values["model - copy"]["mean"] == pytest.approx(values["model"]["mean"] - values["copy"]["mean"])
+    made[:2, mask == 0] += 0.1                                                   # of half of the clips
+    values = evaluate.psnr_of(made, real, real - 0.01, mask, 0)
+    assert values["model"]["value"] == pytest.approx(23.01, abs=0.01)            # 10 log10 (2 / 0.01)
+    assert values["vae"]["value"] == pytest.approx(40, abs=0.01)
+    through = ((evaluate.filled(real - 0.01, mask, "nearest") - real)[:, mask == 0] ** 2).mean()
+    assert values["copy"]["value"] == pytest.approx(-10 * np.log10(through), abs=1e-4)
+    less = values["model - copy"]
+    assert less["value"] == pytest.approx(values["model"]["value"] - values["copy"]["value"])
+    assert less["interval"][0] < less["value"] < less["interval"][1]
     assert "blend" in values and "blend" not in evaluate.psnr_of(made, real, real, eval_mask("it2v", 8, 8), 0)
     assert evaluate.psnr_of(made, real, real, eval_mask("t2v", 8, 8), 0) is None
 
@@ -52,7 +63,7 @@ def test_fvd_is_of_bare_logits_and_extrapolated(monkeypatch):
     result, fewer = evaluate.distances(a, b, 0), {"i3d": a["i3d"][:799]}
     assert result["FVD"]["value"] == pytest.approx(evaluate.frechet(a["i3d"], b["i3d"]))
     assert result["FVD"]["interval"] == [0, 2]                                   # drawn in pairs
-    assert "7.0 +- 2.0" in tables.distance_table({}, result, None)
+    assert "7.0 +- 2.0" in tables.distance_table(dict(t2v=dict(fd=dict(model=result))), None)
     assert "FVD-inf" not in evaluate.distances(fewer, fewer, 0)
     with pytest.raises(UserError, match="800 real clips against 799 others.*--n 799"):
         evaluate.distances(a, fewer, 0)
@@ -73,28 +84,55 @@ def command(world, *more):
     return ["--data", str(world[0]), "--run", str(world[1]), "--steps", "2", "--n", "6", *map(str, more)]
 
 
-def test_denoising_loss_is_that_of_training_on_frames_that_are_not_given(world):
-    sampler, clips = Sampler(world[1] / "model.safetensors"), evaluate.read_clips(
-        data.StickerSet(world[0]), [r for r in data.StickerSet(world[0]).records if r["n"] >= 8][:3], 8)
-    net, captions = sampler.net, ["a red star", "", "a blue circle"]
+@pytest.fixture(scope="module")
+def few(world):
+    """Sampler, three clips, their captions, latents and the noise that seed 7 gives them."""
+    stickers = data.StickerSet(world[0])
+    clips = evaluate.read_clips(stickers, [r for r in stickers.records if r["n"] >= 8][:3], 8)
+    sampler, captions = Sampler(world[1] / "model.safetensors"), ["a red star", "", "a blue circle"]
     z0 = sampler.known_latents(clips, torch.ones(3, 8))
     noise = np.stack([np.random.default_rng((7, k)).standard_normal(z0.shape[1:], np.float32) for k in range(3)])
-    for task in ("t2v", "interpolation"):
-        mask, want = eval_mask(task, 8, 8), []
-        for t in (200, 600):
-            x = dict(z0=z0, tokens=data.tokenize(captions), t=torch.full((3,), t), noise=torch.from_numpy(noise))
-            given = torch.from_numpy(np.stack([mask] * 3))
+    return sampler, clips, captions, z0, torch.from_numpy(noise)
+
+
+@pytest.mark.parametrize("task", ["t2v", "interpolation"])
+def test_errors_are_those_of_the_training_loss(few, task):
+    """Weighted, and averaged over the frames that are asked for."""
+    sampler, clips, captions, z0, noise = few
+    net, mask, steps = sampler.net, eval_mask(task, 8, 8), (200, 600)
+    given, real = torch.from_numpy(np.stack([mask] * 3)), torch.ones(3, 8)
+    for batch in (1, 2):
+        errors = z0_errors(sampler, clips, captions, mask, 7, batch, steps)
+        assert errors.shape == (3, 2, 8)
+        for i, t in enumerate(torch.full((3,), t) for t in steps):
             with torch.no_grad():
-                if task == "t2v":
-                    want.append(net(**x, cond_mask=given, loss_mask=torch.ones(3, 8)))
-                else:                                                    # by hand: the mean over the other frames
-                    pred = net.predict(net.diffusion.add_noise(z0, x["noise"], x["t"]), x["t"],
-                                       *net.encode_text(x["tokens"]), z0, given, torch.ones(3, 8))
-                    error = (pred - net.diffusion.target(z0, x["noise"], x["t"]))[:, mask == 0] ** 2
-                    want.append(net.diffusion.weight(x["t"]) * error.mean((1, 2, 3, 4)))
-        for batch in (1, 3):
-            got = denoising_loss(sampler, clips, captions, mask, 7, batch, timesteps=(200, 600))
-            assert got == pytest.approx(torch.stack(want).mean(0).numpy(), rel=1e-4)
+                want = net(z0=z0, tokens=data.tokenize(captions), t=t, noise=noise, cond_mask=given, loss_mask=real)
+            got = net.diffusion.z0_weight(t).numpy() * errors[:, i, mask == 0].mean(1)
+            assert got == pytest.approx(want.numpy(), rel=1e-4)
+
+
+def test_predictions_are_measured_beside_copying_blending_and_t2v(world, few):
+    sampler, clips, _, z0, _ = few
+    args = evaluate.parse(command(world, "--n", "3", "--seed", "7"))
+    run, test = evaluate.Run(world[1], args), evaluate.EvalSet(args)
+    z0, mask = run.latents(test), eval_mask("interpolation", 8, 8)
+    found = evaluate.predictions_of(run, test, "interpolation", z0)
+    copied = ((z0[:, [1, 3, 5, 7]] - z0[:, [0, 2, 4, 6]]) ** 2).mean()
+    assert found["copy"]["mean"] == pytest.approx(copied, rel=1e-5)
+    blended = ((z0[:, 7] - (z0[:, 0] + z0[:, 6]) / 2) ** 2).mean((1, 2, 3))
+    assert 3 * found["blend"]["mean"] > blended.mean() and found["blend"]["mean"] != pytest.approx(copied)
+
+    def error(task, mask, captions, t=999):
+        return z0_errors(run.sampler, test.clips, captions, mask, 7, 3, (t,))[:, 0, [1, 3, 5, 7]].mean()
+    with_text, without = error("interpolation", mask, test.captions), error("interpolation", mask, [""] * 3)
+    assert found["over copying"]["value"] == pytest.approx(with_text / copied, rel=1e-4)
+    assert found["over blending"]["value"] == pytest.approx(with_text / found["blend"]["mean"], rel=1e-4)
+    assert found["no caption, over copying"]["value"] == pytest.approx(without / copied, rel=1e-4)
+    assert found["caption over none"]["value"] == pytest.approx(with_text / without, rel=1e-4)
+    t2v = error("t2v", 0 * mask, test.captions, 300)
+    assert found["over t2v"][300]["value"] == pytest.approx(error("interpolation", mask, test.captions, 300) / t2v,
+                                                            rel=1e-4)
+    assert evaluate.predictions_of(run, test, "t2v", z0) is None
 
 
 def test_records_are_one_a_concept_and_seeded(world):
@@ -113,21 +151,29 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
     evaluate.main(command(world, "--sheet", sheet, "--sheet-rows", "2"))
     first, report = capsys.readouterr().out, json.loads((world[1] / "eval.json").read_text())
     assert list(report["tasks"]) == list(TASKS) and report["n"] == 6 and report["step"] == 7
-    assert report["sampler"] == dict(steps=2, eta=1.0, text_scale=7.5, image_scale=7.5)
-    for word in ("step 7", "n = 6 concepts", "seed 0", "8 evenly spaced frames, 16 px, on white", "FD-app", "floor"):
+    assert report["asked"] == dict(steps=2)
+    assert report["tasks"]["it2v"]["sampler"] == dict(steps=2, eta=1.0, text_scale=7.5, image_scale=7.5)
+    for word in ("step 7", "n = 6 concepts", "seed 0", "8 evenly spaced frames, 16 px, on white", "FD-app",
+                 "real, other concepts"):
         assert word in first
     assert not any(word in first.replace("not FVD", "") for word in ("FVD", "VQA", "CLIP", "R@1"))
     assert report["tasks"]["i2v"]["psnr"]["model"] != report["tasks"]["it2v"]["psnr"]["model"]
-    task = report["tasks"]["interpolation"]
-    assert task["given"] == [0, 2, 4, 6] and set(task["psnr"]) == {"model", "copy", "blend", "vae", "model - copy"}
-    assert report["tasks"]["t2v"]["psnr"] is None and report["tasks"]["t2v"]["fd_copy"] is None
-    for value in (*(t["fd"]["FD-mot"] for t in report["tasks"].values()), report["floor"]["FD-app"]):
+    task, t2v = report["tasks"]["interpolation"], report["tasks"]["t2v"]
+    assert task["given"] == [0, 2, 4, 6] and set(task["fd"]) == {"model", "copy", "blend", "vae"}
+    assert t2v["psnr"] is None and t2v["prediction"] is None and set(t2v["fd"]) == {"model", "vae"}
+    assert set(task["fd_less"]) == {"copy", "blend"} and t2v["fd_less"] == {}
+    for value in (*(t["fd"]["model"]["FD-mot"] for t in report["tasks"].values()), report["floor"]["FD-app"],
+                  *task["fd_less"]["copy"].values()):
         assert value["interval"][0] <= value["value"] <= value["interval"][1]
+    for name in ("FD-app", "FD-mot"):
+        less = task["fd"]["model"][name]["value"] - task["fd"]["blend"][name]["value"]
+        assert task["fd_less"]["blend"][name]["value"] == pytest.approx(less)
+    assert "| interpolation, model - blend in a loop | 6 |" in first and "| error / t2v's on the same frames |" in first
     with Image.open(sheet) as image:
         assert image.height > 6 * 2 * 2 * 32
 
     monkeypatch.setattr(evaluate.Sampler, "sample", lambda *_, **__: pytest.fail("sampled again"))
-    monkeypatch.setattr(evaluate, "denoising_loss", lambda *_: pytest.fail("the loss was computed again"))
+    monkeypatch.setattr(evaluate, "z0_errors", lambda *_: pytest.fail("the errors were computed again"))
     monkeypatch.setattr(extractors.StandinExtractor, "__call__", lambda *_: pytest.fail("extracted again"))
     evaluate.main(command(world, "--out", world[1] / "again.json"))
     assert json.loads((world[1] / "again.json").read_text()) == report
@@ -144,7 +190,8 @@ def test_a_model_file_alone_is_measured(world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(world[1].iterdir())
     evaluate.main(command((world[0], world[1] / "model.safetensors"), "--tasks", "t2v", "--out", "one.json"))
-    assert (tmp_path / "out/model/eval").is_dir() and sorted(world[1].iterdir()) == before
+    folder = tmp_path / f"out/model-{identity(world[1] / 'model.safetensors')[:8]}"
+    assert (folder / "eval").is_dir() and sorted(world[1].iterdir()) == before
     evaluate.main(command(world, "--tasks", "t2v", "--out", "two.json"))
     one, two = (json.loads(Path(name).read_text()) for name in ("one.json", "two.json"))
     assert {**one, "model": ""} == {**two, "model": ""}
@@ -196,18 +243,19 @@ def test_whole_run_with_weights(world, clip_folder, tmp_path, capsys, monkeypatc
 def test_runs_are_compared_by_what_differs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fd = {name: dict(value=value, interval=[0, 9]) for name, value in (("FD-app", 0.5), ("FD-mot", 0.25))}
-    for name, steps, margin, frames in (("a", 10, -1.0, "step"), ("b", 12, 2.0, "sample")):
+    for name, steps, margin, frames in (("a", 10, 1.5, "step"), ("b", 12, 0.5, "sample")):
         Path(name).mkdir()
         config = dict(train=dict(steps=steps, frames=frames, out=name), model=dict(frames=8, dfgn=dict(groups=4)))
-        psnr = {"model - copy": dict(mean=margin, interval=[margin - 1, margin + 1])}
-        report = dict(step=steps, protocol="p", tasks=dict(t2v=dict(psnr=None, fd=fd), it2v=dict(psnr=psnr, fd=fd)))
+        prediction = {"over copying": dict(value=margin, interval=[margin - 0.1, margin + 0.1])}
+        report = dict(step=steps, protocol="p", tasks=dict(t2v=dict(prediction=None, fd=dict(model=fd)),
+                                                           it2v=dict(prediction=prediction, fd=dict(model=fd))))
         Path(name, "config.json").write_text(json.dumps(config))
         Path(name, "eval.json").write_text(json.dumps(report))
     evaluate.main(["--compare", "a", "b"])
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "| a | - | 10 | -1.00 [-2.00, 0.00] | 0.50, 0.25 | 0.50, 0.25 |",
-        '| b | steps=12, frames="sample" | 12 | 2.00 [1.00, 3.00] | 0.50, 0.25 | 0.50, 0.25 |']
-    for change, reason in ((dict(seed=1), "with another seed"), (dict(sampler=4), "with another sampler"),
+        "| a | - | 10 | 1.50 [1.40, 1.60] | 0.50, 0.25 | 0.50, 0.25 |",
+        '| b | steps=12, frames="sample" | 12 | 0.50 [0.40, 0.60] | 0.50, 0.25 | 0.50, 0.25 |']
+    for change, reason in ((dict(seed=1), "with another seed"), (dict(protocol="q"), "with another protocol"),
                            (dict(tasks={}), "on other --tasks")):
         Path("b", "eval.json").write_text(json.dumps({**report, **change}))
         with pytest.raises(UserError, match=f"--compare b: evaluated {reason} than a"):
@@ -226,10 +274,10 @@ def test_table_of_named_rows_averages_seeds(world, tmp_path, capsys):
     assert lines["RDTF w/ DCL"][:3] == ["442.18", "0.502", "2"] and lines["RDTF w/ LCL"][:3] == ["451.65", "0.484", "-"]
     assert "[" in lines["RDTF w/ DCL"][-1] and "[" not in lines["RDTF w/o CL"][-1]        # of one seed no interval
     ours = report["tasks"]["it2v"]["ours"]
-    assert ours["RDTF w/ DCL"][0] == ours["RDTF w/o CL"][0] and ours["copy nearest"][0]["dB over copying"] == 0
+    assert ours["RDTF w/ DCL"][0] == ours["RDTF w/o CL"][0] and ours["copy nearest"][0]["prediction error"] > 0
     assert len(ours["RDTF w/ DCL"]) == 2 and ours["real, other concepts"][0]["FD-app"] > 0
     difference = report["tasks"]["it2v"]["differences"]["RDTF w/o CL - RDTF w/ DCL"]     # of the same weights
-    assert set(difference) >= {"loss", "FD-app", "FD-mot", "dB over copying"}
+    assert set(difference) >= {"loss", "FD-app", "FD-mot", "prediction error"}
     assert all(abs(d["value"]) < 1e-9 for d in difference.values()) and "| RDTF w/o CL - RDTF w/ DCL | 0.000 [" in text
     with pytest.raises(UserError, match=r"--rows DFGN=nowhere-\*: no run folder matches"):
         evaluate.main(command(world, "--table", "3", "--rows", "DFGN=nowhere-*"))
@@ -251,4 +299,4 @@ def test_sets_that_cannot_be_measured(world, tmp_path, capsys):
             evaluate.main(command(world, *more))
     evaluate.main(["--data", str(world[0]), "--run", str(world[1]), "--steps", "1", "--n", "40", "--split", "train",
                    "--tasks", "t2v"])
-    assert "| floor: real, other concepts | - |" in capsys.readouterr().out
+    assert "| real, other concepts | - |" in capsys.readouterr().out

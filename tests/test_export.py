@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib.files import UserError, file_hash
+from lib.files import UserError
+from lib.weights import identity
 from model import load_rdtf, load_vae
 from sample import Sampler
 from tools import export
@@ -15,7 +16,7 @@ def test_an_exported_model_samples_like_the_run(tiny_dfgn, tiny_vae, tmp_path):
         whole, half = run / "model.safetensors", tmp_path / f"shared/{name}.safetensors"
         assert half.stat().st_size < 0.75 * whole.stat().st_size
     (a, meta), (b, same) = load_rdtf(tiny_dfgn / "model.safetensors"), load_rdtf(tmp_path / "shared/net.safetensors")
-    assert meta == same and meta["vae"] == file_hash(tiny_vae / "model.safetensors")
+    assert meta == same and meta["vae"] == identity(tiny_vae / "model.safetensors")
     for (key, w), v in zip(a.state_dict().items(), b.state_dict().values()):
         assert w.dtype == v.dtype and torch.allclose(w, v, rtol=2 ** -8), key
         assert torch.equal(w, v) == (w.dim() < 2 or torch.equal(w, w.bfloat16().to(w.dtype))), key
@@ -24,6 +25,17 @@ def test_an_exported_model_samples_like_the_run(tiny_dfgn, tiny_vae, tmp_path):
     made = [Sampler(path, tiny_vae / "model.safetensors").sample(["star"], [(0, 0)], steps=3).astype(int)
             for path in (tiny_dfgn / "model.safetensors", tmp_path / "shared/net.safetensors")]
     assert 0 < np.abs(made[0] - made[1]).max() < 40
+
+
+def test_how_it_is_sampled_can_be_chosen_later(tiny_dfgn, tmp_path):
+    export.main([str(tiny_dfgn / "model.safetensors"), str(tmp_path / "x.safetensors"),
+                 "--set", "sampling.text_scale=2", "sampling.steps=9"])
+    (_, before), (net, after) = load_rdtf(tiny_dfgn / "model.safetensors"), load_rdtf(tmp_path / "x.safetensors")
+    assert (net.config.sampling.text_scale, net.config.sampling.steps) == (2.0, 9)
+    del before["config"]["sampling"], after["config"]["sampling"]
+    assert before == after
+    with pytest.raises(UserError, match="--set dfgn.layers=3: no field"):
+        export.main([str(tiny_dfgn / "model.safetensors"), str(tmp_path / "y.safetensors"), "--set", "dfgn.layers=3"])
 
 
 def test_other_files_are_refused(tmp_path):

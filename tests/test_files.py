@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
-from lib.files import UserError, atomic_write, file_hash, lock, rows, run_cli
+from lib.files import UserError, atomic_write, check_outputs, file_hash, lock, rows, run_cli
 from lib.options import parse_fields
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,7 +145,8 @@ def test_an_atomic_write_replaces_the_whole_file_or_keeps_the_old_one(tmp_path):
 
 @pytest.mark.parametrize("error, status, message", [
     (UserError("--steps 0: too few"), 2, "--steps 0: too few"), (KeyboardInterrupt(), 130, "interrupted"),
-    (OSError(errno.ENOSPC, "full", "a.pt"), 2, "disk full: a.pt"),
+    (OSError(errno.ENOSPC, "full", "a.pt"), 2, "disk full: a.pt"), (MemoryError(), 2, "out of memory"),
+    (OSError(errno.ENOLCK, "No locks"), 2, "OSError: No locks"), (OSError("odd"), 2, "OSError: odd"),
     (PermissionError(errno.EACCES, "Permission denied", "a.pt"), 2, "a.pt: Permission denied")])
 def test_errors_of_a_script_are_one_line_and_an_exit_code(error, status, message, capsys):
     def main():
@@ -154,6 +156,119 @@ def test_errors_of_a_script_are_one_line_and_an_exit_code(error, status, message
     assert ended.value.code == status and capsys.readouterr().err == f"error: {message}\n"
     with pytest.raises(ValueError):              # a bug keeps its traceback
         run_cli(lambda: int("x"))
+
+
+class Broken:
+    """A stream whose terminal is gone."""
+    def __init__(self, error):
+        self.error, self.encoding = error, "utf-8"
+
+    def write(self, _):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "x"), OSError(errno.EIO, "x"),
+                                   OSError(errno.ENOSPC, "x"), ValueError("operation on closed file")])
+def test_a_line_that_cannot_be_written_does_not_end_the_work(error, monkeypatch):
+    """Lines, bars, and the error itself: the status still says that there was one."""
+    monkeypatch.setattr(sys, "stdout", Broken(error))
+    monkeypatch.setattr(sys, "stderr", Broken(error))
+
+    def main():
+        print("hello", flush=True)
+        for _ in tqdm(range(3), mininterval=0):
+            print("x", file=sys.stderr, flush=True)
+        raise UserError("at the end")
+    with pytest.raises(SystemExit) as ended:
+        run_cli(main)
+    assert ended.value.code == 2
+
+
+CONSOLES = """if True:
+    import contextlib, os, sys
+    from lib.files import run_cli
+    def main():
+        with open(sys.argv[1], "w") as file:         # not one of the standard streams' numbers
+            print("\u7b11 Fr\u00e9chet", flush=True)
+            print("an error", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):       # of a full disk
+                os.write(2, b"from C")
+            file.write("whole" * (file.fileno() > 2))
+    run_cli(main)"""
+
+
+@pytest.mark.parametrize("how", [">&-", "2>&-", ">&- 2>&- <&-", ">/dev/full", "2>/dev/full",
+                                 "PYTHONIOENCODING=ascii", "PYTHONIOENCODING=cp932"])
+def test_consoles_of_services_pipes_and_other_code_pages(how, tmp_path):
+    before, after = (how, "") if "=" in how else ("", how)
+    command = f'{before} "$0" -c "$1" "$2" {after}'
+    done = subprocess.run(["bash", "-c", command, sys.executable, CONSOLES, tmp_path / "out"], cwd=ROOT,
+                          capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "out").read_text() == "whole", done
+    if "=" in how:
+        assert done.stdout.decode("ascii" if "ascii" in how else "cp932").startswith(
+            "\\u7b11 Fr\\xe9chet" if "ascii" in how else "\u7b11 Fr\\xe9chet")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
+def test_folders_without_locks(number, tmp_path, monkeypatch):
+    """Lustre, NFS, FUSE: one process at a time all the same, and a dead one's lock is taken over."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_):
+        raise OSError(number, "no locks here")
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    path = tmp_path / "set.lock"
+    with lock(path, "the set"):
+        assert Path(f"{path}.soft").exists()
+        with pytest.raises(UserError, match="the set is being written .*if there is none, remove .*set.lock.soft"), \
+                lock(path, "the set"):
+            pass
+    assert not Path(f"{path}.soft").exists()
+    code = f"""if True:
+        import fcntl, os, sys
+        def refuse(*_):
+            raise OSError({number}, "no locks here")
+        fcntl.flock = refuse
+        from lib.files import lock
+        with lock(sys.argv[1], "the set"):
+            os.kill(os.getpid(), 9)"""
+    assert start(code, path).wait(60) == -signal.SIGKILL and Path(f"{path}.soft").exists()
+    with lock(path, "the set"):
+        pass
+
+
+def test_what_would_be_lost_is_refused_before_the_work(tmp_path):
+    """Other spellings, links and hard links of an input; folders and files in the way; folders of others."""
+    given, link, hard, folder = (tmp_path / name for name in ("a.png", "link.png", "hard.png", "folder"))
+    given.write_bytes(b"x")
+    link.symlink_to(given)
+    os.link(given, hard)
+    folder.mkdir()
+    for path in (given, folder / ".." / "a.png", link, hard):
+        with pytest.raises(UserError, match=f"--out {re.escape(str(path))}: is the file of --image, which it would"):
+            check_outputs([("--out", path)], [("--model", ""), ("--image", given), ("--vae", None)])
+    refused = {folder: "a folder is there; name a file", given / "b.png": "a.png is no folder",
+               given / "c" / "b.png": "a.png is no folder"}
+    for path, reason in refused.items():
+        with pytest.raises(UserError, match=f"--sheet {path}: .*{reason}"):
+            check_outputs([("--out", None), ("--sheet", path)])
+    if os.getuid():                              # root may write everywhere
+        folder.chmod(0o500)
+        with pytest.raises(UserError, match="folder cannot be written to"):
+            check_outputs([("--out", folder / "a.png")])
+    check_outputs([("--out", tmp_path / "new/deep/a.png"), ("--out", hard)], [("--image", tmp_path / "gone.png")])
+
+
+def test_a_link_is_written_through(tmp_path):
+    there, link = tmp_path / "there", tmp_path / "link"
+    there.write_text("old")
+    link.symlink_to(there)
+    atomic_write(link, lambda temporary: temporary.write_text("new"))
+    assert link.is_symlink() and there.read_text() == "new"
 
 
 @dataclass

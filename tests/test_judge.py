@@ -5,7 +5,7 @@ import torch
 
 from lib import judge
 from lib.files import UserError
-from lib.judge import Judge, JudgeExtractor, load_judge
+from lib.judge import Judge, JudgeExtractor, load_judge, same_sticker
 from lib.prepare import prepare
 from lib.sources import draw_shape, split_of
 from lib.weights import save_model
@@ -96,3 +96,9 @@ def test_other_files_are_refused(tmp_path):
         with pytest.raises(UserError, match=f"--judge .*{name}: {reason}"):
             load_judge(tmp_path / name)
     assert judge.SHIPPED.name == "judge.safetensors"
+
+
+def test_same_sticker_by_hand():
+    given = np.eye(4)
+    unknown = np.array([[1, 0, 0, 0], [0.5, 0.8, 0, 0], [0, 0.6, 0.5, 0], [0.1, 0, 0, 0.1]])   # the third's: the second
+    assert same_sticker(unknown, given).tolist() == [1, 1, 0, 1]

@@ -56,7 +56,7 @@ def dfgn_inputs(T):
 def test_the_paper_preset_has_the_published_size(capsys):
     with torch.device("meta"):
         net, vae = RDTF(PRESETS["paper"]), VAE(PRESETS["paper"].vae)
-    assert model.count(net.dfgn) == 959_078_792 == pytest.approx(0.960e9, rel=0.01)
+    assert model.count(net.dfgn) == 959_078_840 == pytest.approx(0.960e9, rel=0.01)
     assert model.count(vae) == 83_653_863 and len(vae.state_dict()) == 248 + 2
     model.main()
     assert "paper: DFGN 959.1 M, text of a frozen tower, not counted, VAE 83.65 M" in capsys.readouterr().out
@@ -93,7 +93,7 @@ def test_presets_and_changes_of_them():
     assert changed.dfgn.widths == (8, 16) and changed.diffusion.prediction == "v" and not changed.dfgn.pool_text
     refused = {"dfgn.width=3": "no field", "vae.size=20": "not a multiple", "dfgn.channels=8": "must be equal",
                "dfgn.layers=two": "is not a int", "dfgn.temporal=x": "not go together", "text.kind=big": "big",
-               "diffusion.schedule=cosin": "cosin"}
+               "diffusion.schedule=cosin": "cosin", "dfgn.given=nothing": "difference or zeros"}
     for change, reason in refused.items():
         with pytest.raises(UserError, match=f"--set {change}.*{reason}"):
             model.preset("tiny", [change])
@@ -238,22 +238,106 @@ def test_the_three_predictions_say_the_same(prediction):
     assert torch.allclose(0.01 * diffusion.weight(t).double(), want.expand(3), rtol=1e-4)
 
 
+# ---- given frames
+def test_frames_are_filled_from_the_given_ones_around_them_in_a_loop():
+    mask = torch.tensor([[0.0, 1, 0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 0, 0], [0] * 8])
+    weights = model.fill_weights(mask, torch.tensor([8.0, 8, 5, 8]), "blend")
+    numbers = weights @ torch.arange(8.0)
+    assert numbers[0].tolist() == pytest.approx([1.6, 1, 2, 3, 4, 3.4, 2.8, 2.2])
+    assert numbers[1].tolist() == [2] * 8 and not weights[3].any()
+    assert numbers[2, :5].tolist() == pytest.approx([0, 1, 2, 3, 1.5])         # of 5 frames the first follows frame 4
+    assert torch.allclose(weights[:3].sum(2), torch.ones(3, 8)) and not (weights * (mask[:, None] == 0)).any()
+    nearest = model.fill_weights(mask, torch.tensor([8.0, 8, 5, 8]), "nearest") @ torch.arange(8.0)
+    assert nearest[0].tolist() == [1, 1, 1, 4, 4, 4, 4, 4] and nearest[1].tolist() == [2] * 8 and not nearest[3].any()
+
+
+COND = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 1]])                            # of the second clip padding: not given
+MASK = torch.tensor([[1.0] * 4, [1, 1, 0, 0]])
+
+
+def says(net, answer, seen):
+    """Put `answer(arguments of DFGN.forward)` in the DFGN's place; what it saw is appended to `seen`."""
+    def forward(x_t, t, context, known, cond_mask, *masks):
+        seen.append((x_t, known, cond_mask))
+        return answer(x_t)
+    net.dfgn.forward = forward
+
+
 @pytest.mark.parametrize("prediction", ["eps", "v", "z0"])
-def test_the_loss_is_the_weighted_error_and_eps_agrees(prediction):
-    net = RDTF(tiny(f"diffusion.prediction={prediction}"))
-    z0, noise, t = latents(2, 4), latents(2, 4, 1), torch.tensor([300, 800])
-    mask, cond = torch.tensor([[1.0] * 4, [1, 1, 0, 0]]), torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 1]])
-    target, taken = net.diffusion.target(z0, noise, t), []
-    wrong = torch.tensor([0.5] * 6 + [7] * 2).view(2, 4, 1, 1, 1)               # padded frames count for nothing
-    net.dfgn.forward = lambda z_t, t, context, known, *masks: taken.append(known) or target + wrong
+@pytest.mark.parametrize("given", ["difference", "zeros"])
+def test_the_loss_is_the_weighted_error_and_eps_and_z0_agree(prediction, given):
+    net = RDTF(tiny(f"diffusion.prediction={prediction}", f"dfgn.given={given}"))
+    z0, noise, t, seen = latents(2, 4), latents(2, 4, 1), torch.tensor([300, 800]), []
+    signal, sigma = net.diffusion.coefficients(t)
+    known = z0 * (COND * MASK)[:, :, None, None, None]                         # no padded frame is given
+    if given == "difference":                                                  # in a loop of 4: halves of 1 and 3
+        known[0, 0] = known[0, 2] = (z0[0, 1] + z0[0, 3]) / 2
+    base = sigma ** model.FADE * known if given == "difference" else 0 * known
+    target = net.diffusion.target(z0 - base, noise, t)
+    wrong = torch.tensor([0.5] * 6 + [7] * 2).view(2, 4, 1, 1, 1)              # padded frames count for nothing
+    if given == "difference":
+        wrong[0, [1, 3]] = 9                                                   # nor do given ones
+    says(net, lambda _: target + wrong, seen)
     tokens = tokenize(["a", "b"])
-    assert torch.allclose(net(z0, tokens, t, noise, cond, mask), 0.25 * net.diffusion.weight(t), rtol=1e-4)
-    want = z0 * cond[:, :, None, None, None] * torch.tensor([1.0, 0]).view(2, 1, 1, 1, 1)   # no padded frame is given
-    assert torch.equal(taken[0], want)
+    assert torch.allclose(net(z0, tokens, t, noise, COND, MASK), 0.25 * net.diffusion.weight(t), rtol=1e-4)
+    x_t, found, cond = seen[0]
+    assert torch.allclose(found, known, atol=1e-6) and torch.equal(cond, COND * MASK)
+    free = torch.ones(2, 4, dtype=torch.bool)
+    if given == "difference":
+        free[0, [1, 3]] = False
+        assert torch.allclose(x_t[~free], (signal * (known - base))[~free], atol=1e-6)        # clean
+    want = net.diffusion.add_noise(z0 - base, noise, t)
+    assert torch.allclose(x_t[free], want[free], atol=1e-5)
     wrong = 0
     z_t = net.diffusion.add_noise(z0, noise, t)
-    eps = net.eps(z_t, t, *net.encode_text(tokens), z0.where(taken[0] != 0, torch.nan), cond, mask)
-    assert torch.allclose(eps, noise, atol=1e-4) and torch.equal(taken[1], want)
+    only_given = z0.where((COND * MASK)[:, :, None, None, None] > 0, torch.nan)
+    arguments = z_t, t, *net.encode_text(tokens), only_given, COND, MASK
+    assert torch.allclose(net.eps(*arguments), noise, atol=2e-4)
+    assert torch.allclose(net.z0(*arguments)[free], z0[free], atol=1e-3)
+
+
+def test_given_frames_are_clean_and_enough_where_all_else_is_noise():
+    """At the last timestep the network's input says nothing of the others, and all of the given ones; a clip that
+    stands still has nothing to be drawn."""
+    net, seen, z0 = RDTF(tiny()), [], latents(1, 4)
+    says(net, torch.zeros_like, seen)
+    t, cond, real = torch.tensor([999]), torch.tensor([[1.0, 0, 0, 0]]), torch.ones(1, 4)
+    tokens = tokenize(["a"])
+    for noise in (latents(1, 4, 1), latents(1, 4, 2)):
+        net(z0, tokens, t, noise, cond, real)
+    (x, known, _), (other, again, _) = seen
+    assert torch.equal(known, again) and torch.equal(known, z0[:, :1].expand(-1, 4, -1, -1, -1))
+    assert torch.equal(x[:, 0], other[:, 0]) and (x[:, 1:] - latents(1, 4, 1)[:, 1:]).abs().max() < 0.03
+    still = z0[:, :1].expand(-1, 4, -1, -1, -1)
+    assert net(still, tokens, t, latents(1, 4, 1), cond, real) < 1e-6 < 1e-2 < net(z0, tokens, t, noise, cond, real)
+
+
+def test_text_alone_is_what_it_was():
+    """Without given frames the two ways are one, bit for bit."""
+    nets = [randomise(RDTF(tiny(f"dfgn.given={given}"))) for given in ("difference", "zeros")]
+    nets[1].load_state_dict(nets[0].state_dict())
+    x = dict(z0=latents(2, 4), noise=latents(2, 4, 1), t=torch.tensor([300, 999]), tokens=tokenize(["a", "b"]))
+    z_t = nets[0].diffusion.add_noise(x["z0"], x["noise"], x["t"])
+    with torch.no_grad():
+        for masks in (dict(cond_mask=torch.zeros(2, 4), loss_mask=MASK), dict(cond_mask=1 - MASK, loss_mask=MASK)):
+            losses = [net(**x, **masks) for net in nets]
+            eps = [net.eps(z_t, x["t"], *net.encode_text(x["tokens"]), x["z0"], *masks.values()) for net in nets]
+            assert torch.equal(*losses) and torch.equal(*eps)
+        given = [net(**x, cond_mask=COND, loss_mask=MASK) for net in nets]
+    assert given[0][0] != given[1][0] and given[0][1] == given[1][1]           # of the second only padding is given
+
+
+def test_the_known_frames_encoder_has_a_skip_and_both_its_branches_live():
+    encoder, clip = model.KnownEncoder(16), Clip(torch.ones(1, 4), None, None, None)
+    known, cond = latents(1, 4), torch.tensor([[1.0, 0, 0, 0]])
+    with torch.no_grad():
+        out = encoder(known, cond, clip)
+        assert encoder.width == 64 and torch.nn.functional.cosine_similarity(
+            out.flatten(), known.flatten(), dim=0) > 0.8
+        moved = known.clone()
+        moved[:, 3] += 1
+        assert (encoder(moved, cond, clip) - out)[:3].abs().max() > 1e-3       # one frame reaches the others
+        assert (encoder(known, 1 - cond, clip) - out).abs().max() > 1e-3
 
 
 # ---- gradients and speed

@@ -18,7 +18,7 @@ from lib.files import UserError, read_jsonl
 from lib.index import Index
 from lib.media import read_animation, write_animation
 from lib.prepare import prepare
-from lib.sources import plain_job
+from lib.sources import plain_job, split_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,6 +86,42 @@ def test_the_set_is_the_same_at_any_number_of_workers_and_is_not_written_over(fi
     for other in (dict(size=12), dict(source="another"), dict(most=5)):
         with pytest.raises(UserError, match=r"holds something else \(test\); remove it or give another"):
             make(files, out, **other)
+
+
+def test_a_picture_is_in_one_split_whatever_its_captions(files, tmp_path):
+    """Captions of one picture are one concept, also through another picture that shares one of them."""
+    captions = [[f"picture {i} as {j} see it" for j in range(5)] for i in range(6)]
+    captions[5].append(captions[4][0])                                   # the last two share a caption
+    prepare(tmp_path / "set", 8, "test", lambda: [
+        plain_job(f"{i}-{j}", files / f"{i:02}.{('webp', 'gif', 'png')[i % 3]}", caption)
+        for i, group in enumerate(captions) for j, caption in enumerate(group)], sizes)
+    found = {}
+    for record in Index(tmp_path / "set"):
+        found.setdefault(record["file"].split("-")[0], set()).add((record["concept"], record["split"]))
+    assert all(len(places) == 1 for places in found.values()) and found["4"] == found["5"] != found["0"]
+    (concept, split), = found["4"]
+    assert concept == min(captions[4] + captions[5]) and split == split_of(concept)
+    assert len({concept for places in found.values() for concept, _ in places}) == 5
+
+
+def test_links_and_folders_that_are_there(files, whole, tmp_path):
+    """A link to another disk's folder, there or not yet; what systems leave in a folder; a folder that stays."""
+    places = [tmp_path / "big/empty", tmp_path / "big/later", tmp_path / "clutter"]
+    places[0].mkdir(parents=True)
+    places[2].mkdir()
+    (places[2] / ".DS_Store").touch()
+    for i, place in enumerate(places[:2]):
+        (tmp_path / f"link{i}").symlink_to(place)
+    for out in (tmp_path / "link0", tmp_path / "link1", places[2]):
+        make(files, out, workers=1)
+    for place in places:
+        assert {k: v for k, v in contents(place).items() if k != ".DS_Store"} == contents(whole)
+    assert (tmp_path / "link0").is_symlink() and (places[2] / ".DS_Store").exists()
+    assert not [p for p in tmp_path.rglob("*.part")]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/thesis.tex").touch()
+    with pytest.raises(UserError, match="thesis exists and holds something else .no prepared set."):
+        make(files, tmp_path / "thesis")
 
 
 def test_records_and_frames_are_those_of_the_files(files, whole):

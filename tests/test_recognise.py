@@ -27,9 +27,12 @@ def test_files_are_named_by_the_nearest_concept(tmp_path, capsys):
     write_animation(wrong, clips[1], [100])
     other = tmp_path / "frog.png"
     write_animation(other, clips[0], [100])
-    recognise.main([*map(str, names.values()), str(wrong), str(other), "--judge", str(judge_file)])
+    second = tmp_path / "Red star-2.png"                                 # as sample.py names one more of a caption
+    write_animation(second, clips[0], [100])
+    recognise.main([*map(str, names.values()), str(wrong), str(other), str(second), "--judge", str(judge_file)])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[1].split(",")[0] for line in lines[:5]] == [*net.concepts, "blue circle", "Red star"]
     assert lines[0].endswith("(its caption is number 1)") and "number 1" not in lines[3]
     assert lines[4].endswith("(its caption is no concept that the judge has)")
-    assert lines[5] == "3 of 5 recognised among 3 concepts"
+    assert lines[5].endswith("(its caption is number 1)")
+    assert lines[6] == "4 of 6 recognised among 3 concepts"

@@ -41,7 +41,7 @@ def test_all_parts_are_on_the_page_and_nothing_is_fetched(run, capsys, monkeypat
     assert "https:" not in body.replace("https://matplotlib.org", "") and "<script" not in text
     assert text.count('class="frame given"') == 4 and text.count('class="frame"') == 8 + 8 + 4 + 8
     assert text.count("<svg") == 4 and "<th>FD-app</th>" in text and "7 of 7 steps" in text
-    value = json.loads((run / "eval.json").read_text())["tasks"]["t2v"]["fd"]["FD-app"]["value"]
+    value = json.loads((run / "eval.json").read_text())["tasks"]["t2v"]["fd"]["model"]["FD-app"]["value"]
     assert f"<td>{value:.2f} [" in text
 
 

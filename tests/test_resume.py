@@ -18,8 +18,9 @@ from conftest import run_train
 from test_train import RUN_FILES, SCRIPT, assert_same, log_of, options, state_of
 
 import train
-from lib import checkpoints
+from lib import checkpoints, loop
 from lib.files import UserError, run_cli
+from model import load_rdtf
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,8 @@ def die(*_, **__):
 
 # ---- one process
 @pytest.mark.parametrize("stage, number, more", [
-    ("vae", signal.SIGTERM, {}), ("dfgn", signal.SIGINT, {}),
+    ("vae", signal.SIGTERM, {}), ("dfgn", signal.SIGINT, {}), ("dfgn", signal.SIGHUP, {}), ("vae", signal.SIGUSR1, {}),
+    ("dfgn", signal.SIGUSR2, {}), ("dfgn", signal.SIGXCPU, dict(workers=1)), ("dfgn", signal.SIGQUIT, {}),
     ("dfgn", signal.SIGTERM, dict(frames="sample", still_share=0, workers=1))])
 def test_a_signal_saves_and_the_run_goes_on(stage, number, more, vae_argv, argv, tmp_path):
     """To the whole process group, so to its loaders, too, as job schedulers send it; within a log window."""
@@ -99,6 +101,82 @@ def test_a_signal_saves_and_the_run_goes_on(stage, number, more, vae_argv, argv,
     assert state_of(tmp_path / "run")["step"] == 3
     run_train(*argv, "--out", tmp_path / "run")
     assert_same_runs(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("torchrun, saved", [(False, 4), (True, 3)])
+def test_a_closed_terminal_is_ignored_where_nohup_said_so(torchrun, saved, argv, tmp_path, monkeypatch):
+    """But not under torchrun, which passes it on and then ends what goes on."""
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+
+    def signalled():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        at_step(1, lambda: os.killpg(0, signal.SIGHUP))
+        run_train(*options(argv, steps=4, save_every=100, out=tmp_path / "run"))
+    status, output = forked(signalled)
+    assert (status, state_of(tmp_path / "run")["step"]) == (128 + signal.SIGHUP if torchrun else 0, saved), output
+
+
+@pytest.mark.parametrize("stage", ["vae", "dfgn"])
+def test_a_run_goes_on_without_its_terminal(stage, vae_argv, argv, tmp_path):
+    """Its other end is closed: the bar and the lines are lost, the run is not."""
+    argv = options(vae_argv if stage == "vae" else argv, steps=4, save_every=2, log_every=1)
+
+    def blind():
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout = sys.stderr = open(writer, "w", buffering=1)
+        run_cli(lambda: run_train(*argv, "--out", tmp_path / "run"))
+    status, _ = forked(blind)
+    assert status == 0 and state_of(tmp_path / "run")["step"] == 4
+
+
+@pytest.mark.parametrize("content", [None, b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_finished_run_writes_its_model_again(content, argv, whole, tmp_path, capsys):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    model = run / "model.safetensors"
+    model.unlink()
+    if content:
+        model.write_bytes(content)
+        with pytest.raises(UserError, match="a pointer of git-lfs; `git lfs pull` fetches the file"):
+            load_rdtf(model)
+    else:
+        with pytest.raises(UserError, match="no such model; the command that trained it writes it again"):
+            load_rdtf(model)
+    run_train(*argv, "--out", run)
+    assert f"done, 8 steps; {model} was gone or damaged and is written again" in capsys.readouterr().out
+    assert model.read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_loaders_that_could_deliver_nothing_are_refused(argv, tmp_path, monkeypatch):
+    """Or are not waited for without end."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("x" * 120)))
+    with pytest.raises(UserError, match="--workers 2: the folder of temporary files, .*too long for sockets"):
+        run_train(*options(argv, workers=2, out=tmp_path / "run"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(torch.Tensor, "share_memory_", lambda _: (_ for _ in ()).throw(RuntimeError("unable to open")))
+    with pytest.raises(UserError, match="--workers 1: no shared memory here .unable to open.; give --workers 0"):
+        run_train(*options(argv, workers=1, out=tmp_path / "run"))
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "PATIENCE", 1)
+    monkeypatch.setattr(train.data.ClipDataset, "__getitem__", lambda *_: time.sleep(60))
+    with pytest.raises(UserError, match="--workers: DataLoader timed out after 1 seconds"):
+        run_train(*options(argv, workers=1, out=tmp_path / "run"))
+
+
+def test_logs_and_hidden_files_are_no_run(argv, tmp_path):
+    for name in ("train.log", "slurm-123.out", ".DS_Store", ".nfs0001", "Thumbs.db", "log.txt"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere/later")               # not there yet
+    for run in (tmp_path / "run", tmp_path / "link"):
+        run_train(*options(argv, steps=1, out=run))
+    assert (tmp_path / "elsewhere/later/model.safetensors").is_file()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.tex").touch()
+    with pytest.raises(UserError, match="holds other files .thesis.tex.; name a new folder"):
+        run_train(*options(argv, steps=1, out=tmp_path / "other"))
 
 
 @pytest.mark.parametrize("moment", ["latents", "config.json", "step", "log line", "checkpoint", "model.safetensors",

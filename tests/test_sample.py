@@ -1,6 +1,8 @@
 """sample.py: DDIM in closed form, guidance by its definition, given frames untouched, files that others open."""
+import functools
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +13,11 @@ from PIL import Image
 
 import sample
 from data import TASKS, tokenize
+from lib import media
 from lib.files import UserError, file_hash
 from lib.media import read_animation, square, write_animation
 from lib.weights import save_model
-from model import PRESETS, RDTF, VAE, Diffusion, DiffusionConfig, load_rdtf, preset
+from model import PRESETS, RDTF, VAE, Diffusion, DiffusionConfig, SamplingConfig, load_rdtf, preset
 from sample import Sampler, branches, ddim, ddim_step, guided_eps, place_frames, timesteps
 
 
@@ -131,6 +134,16 @@ def test_guidance_is_the_three_term_formula(sampler):
     assert (e00 - e0i).abs().max() > 1e-2 and (e0i - eci).abs().max() > 1e-2
 
 
+def test_settings_are_the_models_by_what_is_given():
+    config = replace(PRESETS["tiny"], sampling=SamplingConfig(7, 0.5, 2.0, 1.5, 1.25))
+    settings = functools.partial(Sampler.settings, SimpleNamespace(config=config))
+    assert settings(False) == dict(steps=7, eta=0.5, text_scale=2.0, image_scale=1.25)
+    assert settings(True) == dict(steps=7, eta=0.5, text_scale=1.5, image_scale=1.25)
+    assert settings(True, text_scale=0, eta=None, steps=3) == dict(steps=3, eta=0.5, text_scale=0, image_scale=1.25)
+    paper = Sampler.settings(SimpleNamespace(config=PRESETS["paper"]), True)             # Table 6
+    assert paper == dict(steps=50, eta=1.0, text_scale=7.5, image_scale=7.5)
+
+
 # ---- given frames
 @pytest.mark.parametrize("channels", [4, 3])
 def test_given_frames_come_back_exactly_and_others_do_not_count(channels, sampler, tmp_path):
@@ -181,7 +194,7 @@ def test_six_tasks_of_a_trained_model(run, capsys):
     Image.fromarray(alpha).save("red face.png")
     write_animation("moving.png", frames, 100)
     still, moving = ["--image", "red face.png"], ["--frames", "moving.png"]
-    options = dict(t2v=["--prompt", "x"], i2v=still, it2v=["--prompt", "x", *still], interpolation=moving,
+    options = dict(t2v=["--prompt", "star"], i2v=still, it2v=["--prompt", "x", *still], interpolation=moving,
                    prediction_forward=["--task", "prediction_forward", "--prompt", "x", *moving],
                    prediction_backward=["--task", "prediction_backward", *moving])
     made = {}
@@ -204,15 +217,74 @@ def test_six_tasks_of_a_trained_model(run, capsys):
 
 
 @pytest.mark.parametrize("argv, files", [
-    (["--prompt", "Fire  now!", "red", "--num", 2, "--batch", 3, "--sheet", "sheets/all.png"],
-     ["fire-now.webp", "fire-now-2.webp", "red.webp", "red-2.webp", "sheets/all.png"]),
-    (["--prompt", "fire", "Fire!", "fire 2", "fire"], ["fire.webp", "fire-2.webp", "fire-2-2.webp", "fire-3.webp"]),
-    (["--prompt", "fire " * 200, "ice", "--out", "made/here"],
-     [f"made/here/{'fire-' * 12}.webp", "made/here/ice.webp"]),
-    (["--prompt", "x", "--out", "stickers.v1/"], ["stickers.v1/x.webp"]),
-    (["--prompt", "x", "--for", "signal", "--num", "2", "--out", "x.png"], ["x.png", "x-2.png"])])
+    (["--prompt", "Star  now!", "red", "--num", 2, "--batch", 3, "--sheet", "sheets/all.png"],
+     ["star-now.webp", "star-now-2.webp", "red.webp", "red-2.webp", "sheets/all.png"]),
+    (["--prompt", "star", "Star!", "star 2", "star"], ["star.webp", "star-2.webp", "star-2-2.webp", "star-3.webp"]),
+    (["--prompt", "star " * 200, "ice", "--out", "made/here"],
+     [f"made/here/{'star-' * 12}.webp", "made/here/ice.webp"]),
+    (["--prompt", "star", "--out", "stickers.v1/"], ["stickers.v1/star.webp"]),
+    (["--prompt", "star", "--for", "signal", "--num", "2", "--out", "x.png"], ["x.png", "x-2.png"])])
 def test_output_paths(run, argv, files):
     assert run(*argv) == sorted(files) and len({Path(f).read_bytes() for f in files}) == len(files)
+
+
+def test_an_output_never_replaces_an_input(run, monkeypatch):
+    monkeypatch.setattr(sample.Sampler, "sample", lambda *_, **__: pytest.fail("sampled first"))
+    for name in ("red-heart.webp", "stickers/red-heart.webp", "a.gif", "face.png"):
+        Path(name).parent.mkdir(exist_ok=True)
+        write_animation(name, np.random.default_rng(0).integers(0, 256, (3, 16, 16, 4), np.uint8), 100)
+    before = {path: path.read_bytes() for path in Path().rglob("*.*") if path.is_file()}
+    heart, face = ["--prompt", "red heart", "--image"], ["--prompt", "x", "--image", "face.png"]
+    for option, argv in (("--image", [*heart, "red-heart.webp"]),
+                         ("--image", [*heart, "stickers/red-heart.webp", "--out", "stickers/"]),
+                         ("--frames", ["--frames", "a.gif", "--out", "./a.gif"]),
+                         ("--image", [*face, "--sheet", "face.png"]),
+                         ("--image", [*face, "--num", "2", "--out", "stickers/../face.png"])):
+        with pytest.raises(UserError, match=f"is the file of {option}, which it would replace"):
+            run(*argv)
+    for argv in (["--out", "face.png/"], ["--sheet", "face.png/s.png"], ["--out", "face.png/a.webp"]):
+        with pytest.raises(UserError, match="face.png is no folder"):
+            run("--prompt", "star", *argv)
+    Path("made/star.webp").mkdir(parents=True)
+    with pytest.raises(UserError, match="made/star.webp: a folder is there"):
+        run("--prompt", "red circle", "star", "--out", "made/")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_is_made_is_written_as_it_is_made(run, monkeypatch, capsys):
+    """One that cannot be written does not take the others; what interrupts, those that are there."""
+    plain = media.write_bytes
+    monkeypatch.setattr(media, "write_bytes", lambda path, content: plain(path, content) if "blue" not in str(path) else
+                        (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="1 of 4 stickers could not be written: .*blue-square.webp: .*No space left"):
+        run("--prompt", "red circle", "star", "blue square", "green star", "--batch", 3, "--sheet", "s.png")
+    assert sorted(p.name for p in Path().iterdir()) == ["green-star.webp", "red-circle.webp", "s.png", "star.webp"]
+    calls, make = [], sample.Sampler.sample
+
+    def interrupted(self, prompts, *more, **settings):
+        calls.append(prompts)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return make(self, prompts, *more, **settings)
+    monkeypatch.setattr(sample.Sampler, "sample", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run("--prompt", "star", "--num", 9, "--batch", 2, "--out", "many/")
+    assert len(list(Path("many").iterdir())) == 4
+
+
+def test_words_that_the_network_does_not_know_are_said(run, capsys):
+    run("--prompt", "a red zebra", "--out", "a.webp")
+    assert '--prompt "a red zebra": the network knows nothing of zebra\n' in capsys.readouterr().err
+    run("--prompt", "\u0440\u0430\u043a\u0435\u0442\u0430", "star", "--out", "many/")
+    assert "the network knows none of its words: \u0440\u0430\u043a\u0435\u0442\u0430\n" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--prompt .*: the network knows none of these words"):
+        run("--prompt", "\U0001f600", "zizzleberry", "--out", "none/")
+    Image.new("RGB", (16, 16)).save("face.png")
+    run("--prompt", "zizzleberry", "--image", "face.png", "--out", "c.webp")             # the picture says something
+    capsys.readouterr()
+    assert not Path("none").exists()
+    run("--prompt", "a red star that blinks", "--out", "b.webp")
+    assert "knows" not in capsys.readouterr().err
 
 
 def test_the_vae_is_found_from_another_folder(tmp_path, monkeypatch):

@@ -261,6 +261,36 @@ def test_captions_by_stem_by_text_file_and_by_list(pictures):
     assert [job["caption"] for job in sources.folder_jobs(pictures)] == ["sky", "sea"]
 
 
+def test_captions_where_other_tools_put_them(tmp_path, capsys):
+    """NAME.caption (kohya), NAME.TXT, NAME.gif.txt, metadata.jsonl (Hugging Face); what is passed over is said."""
+    def said(kind, files, more={}):  # noqa: B006
+        (tmp_path / kind).mkdir()
+        for name in files:
+            (tmp_path / kind / name).write_text(more.get(name, f"a cat, {name}"))
+        captions = {job["file"]: job["caption"] for job in sources.folder_jobs(tmp_path / kind)}
+        return captions, capsys.readouterr().out
+    for kind, name in (("kohya", "IMG 1.caption"), ("capitals", "IMG 1.TXT"), ("double", "IMG 1.gif.txt")):
+        captions, out = said(kind, ["IMG 1.gif", name])
+        assert captions == {"IMG 1.gif": f"a cat, {name}"} and out == ""
+    lines = "".join(json.dumps(dict(file_name=f"{i}.gif", text=f"dog {i}")) + "\n" for i in range(2))
+    captions, out = said("hf", ["0.gif", "1.gif", "2.gif", "metadata.jsonl", "README.md"], {"metadata.jsonl": lines})
+    assert captions == {"0.gif": "dog 0", "1.gif": "dog 1"} and "hf: not in metadata.jsonl: 1 .gif, 1 .md" in out
+    captions, out = said("some", ["IMG_1.gif", "b.jfif", "b.txt", "c.mp4", "notes.md", "d.txt"])
+    assert captions == {"IMG_1.gif": "IMG 1", "b.jfif": "a cat, b.txt"}
+    assert "some: 1 of 2 captions are file names, such as 'IMG 1'" in out
+    assert "some: not looked at: 1 .mp4, 1 .txt, 1 .md" in out
+    with pytest.raises(UserError, match="metadata.jsonl, line 1: needs \"file_name\" and \"text\""):
+        said("bad", ["0.gif", "metadata.jsonl"], {"metadata.jsonl": '{"file_name": "0.gif"}\n'})
+
+
+def test_captions_that_are_read_alike_are_one_concept():
+    for one, other in (("a  Cat!", "A cat !"), ("caf&eacute;", "caf\u00e9"), ("\u201cstar\u201d", '"star"')):
+        assert sources.plain_labels(one)["concept"] == sources.plain_labels(other)["concept"]
+    assert sources.plain_labels("a cat")["concept"] == "a cat" != sources.plain_labels("a cats")["concept"]
+    long = "cat " * 80
+    assert sources.plain_labels(long + "dog")["concept"] == sources.plain_labels(long + "bird")["concept"]
+
+
 def test_folders_do_not_lead_outside(pictures):
     secret = pictures.parent / "secret.png"
     secret.touch()

@@ -7,7 +7,7 @@ from scipy.ndimage import gaussian_filter
 
 from lib.distances import on_white, to_signed
 from lib.sources import COLOURS, MOTIONS, SHAPES, draw_shape
-from lib.standins import APPEARANCE, RandomFeatures, StandinExtractor, fd_app, fd_mot
+from lib.standins import APPEARANCE, RandomFeatures, StandinExtractor, fd_app, fd_mot, looped
 
 
 def shape_clips(n, seed, side=64):
@@ -30,6 +30,15 @@ def test_features_are_fixed_and_appearance_is_blind_to_order():
     assert abs(rows[:, APPEARANCE:] - shuffled[:, APPEARANCE:]).max() > 0.1
     motion = extract(x[:, [0] * 8])[:, APPEARANCE:]
     assert np.allclose(motion[:, :64], np.log(1e-3)) and np.allclose(motion[:, 64:], 0)
+
+
+def test_a_few_frames_are_shown_over_and_over():
+    """Appearance is that of the frames, however often each is shown."""
+    x, extract = shape_clips(2, 0), StandinExtractor()
+    assert [looped(x[:, :n]).shape[1] for n in (1, 2, 3, 5, 7)] == [5, 6, 6, 5, 7]
+    twice = np.concatenate([x[:, :5]] * 2, 1)
+    assert np.allclose(extract(twice)[:, :APPEARANCE], extract(x[:, :5])[:, :APPEARANCE], atol=1e-5)
+    assert (looped(x[:, :2])[:, 2:4] == x[:, :2]).all()
 
 
 def test_other_sizes_are_resized_and_short_clips_refused():

@@ -21,6 +21,7 @@ from lib.checkpoints import check_same_config, flat, read_config, shown
 from lib.files import UserError, file_hash
 from lib.media import to_tensor, write_animation
 from lib.towers import load_tower
+from lib.weights import identity, load_fitting, save_model
 from model import PRESETS, RDTF, Config, load_rdtf, load_vae, preset
 from sample import Sampler
 from train import TrainConfig
@@ -68,7 +69,7 @@ def test_a_run_folder(tiny_dfgn, tiny_vae):
     net, meta = load_rdtf(tiny_dfgn / "model.safetensors")
     assert_same(dict(net.state_dict()), state["ema"])
     assert not torch.equal(state["ema"]["dfgn.conv_out.weight"], state["net"]["dfgn.conv_out.weight"])
-    assert (meta["step"], meta["vae"]) == (7, file_hash(tiny_vae / "model.safetensors"))
+    assert (meta["step"], meta["vae"]) == (7, identity(tiny_vae / "model.safetensors"))
 
 
 def test_log_lines(tiny_dfgn, tiny_vae):
@@ -77,7 +78,7 @@ def test_log_lines(tiny_dfgn, tiny_vae):
     for line in lines:
         assert line["tasks"] and set(line["tasks"]) <= set(TASKS) and set(line["deciles"]) <= set("0123456789")
         assert min(line[name] for name in ("loss", "grad_norm", "lr", "clips_per_s", "cpu_s", "peak_mb")) > 0
-        assert 0.3 < line["entropy"] < 1 and line["r"] == 0
+        assert 0.3 < line["entropy"] < line["entropy_all"] + 1e-6 and line["entropy_all"] <= 1 and line["r"] == 0
         assert min(line["tasks"].values()) <= line["loss"] + 1e-4 <= max(line["tasks"].values()) + 2e-4
     assert [line["save_s"] > 0 for line in lines] == [False, False, True, False]                 # after step 4
     assert [line["step"] for line in log_of(tiny_vae)] == [2, 4]
@@ -164,14 +165,17 @@ def draws(count=4000, p=np.full(6, 1 / 6), real=8, config=TrainConfig()):  # noq
 
 
 def test_shares_of_dropped_conditions():
+    """Where frames are given the text is dropped far more often, or captions known by heart would override them."""
     tasks, masks, text, t = (np.array(x) for x in zip(*draws()))
     given, i2v, t2v = masks.any(1), tasks == TASKS.index("i2v"), tasks == TASKS.index("t2v")
     assert not text[i2v].any() and not given[t2v].any()
     free = ~i2v & ~t2v
-    assert np.mean(~text[free] & given[free]) == pytest.approx(0.10, abs=0.02)
+    assert np.mean(~text[free] & given[free]) == pytest.approx(0.5, abs=0.03)
     assert np.mean(text[free] & ~given[free]) == pytest.approx(0.10, abs=0.02)
     assert np.mean(~text[free] & ~given[free]) == pytest.approx(0.05, abs=0.015)
     assert np.mean(~text[t2v]) == pytest.approx(0.15, abs=0.04) == np.mean(~given[i2v])
+    rarely = [np.array(x) for x in zip(*draws(config=TrainConfig(given_text_drop=0.2)))]
+    assert np.mean(~rarely[2][free] & rarely[1].any(1)[free]) == pytest.approx(0.2, abs=0.03)
     assert masks.shape == (4000, 8) and masks.dtype == np.float32 and masks.sum(1).max() < 8
     assert t.min() < 10 and 989 < t.max() <= 999 and t.mean() == pytest.approx(500, abs=20)
     assert (t[:50] != [d[3] for d in draws(50, config=TrainConfig(seed=1))]).any()
@@ -185,17 +189,35 @@ def test_tasks_are_drawn_by_their_probabilities():
 
 
 def test_frames_of_a_step_and_learning_rate():
-    plans = [train.step_frames(TrainConfig(steps=4000, still_share=[0.9, 0.3]), s, 8) for s in range(4000)]
-    stills = np.array([plan == (1, 8) for plan in plans])
-    assert [part.mean() for part in np.split(stills, 4)] == pytest.approx([0.825, 0.675, 0.525, 0.375], abs=0.04)
-    assert set(plans) == {(1, 8)} | {(k, 1) for k in range(3, 9)}
-    assert np.mean([train.step_frames(TrainConfig(still_share=[0.3]), s, 8) == (1, 8)
-                    for s in range(2000)]) == pytest.approx(0.3, abs=0.03)
-    whole = TrainConfig(frames="full", still_share=[0])
-    assert {train.step_frames(whole, s, 8) for s in range(50)} == {(8, 1)}
+    plans = [train.step_frames(TrainConfig(still_share=0.3), s, 8) for s in range(8000)]
+    frames, times = np.array(plans).T
+    assert (times == np.where(frames == 1, 8, 1)).all() and set(frames) == {1, *range(3, 9)}
+    assert [part.mean() for part in np.split(frames == 1, 4)] == pytest.approx([0.3] * 4, abs=0.04)
+    assert np.mean(frames[frames > 1] == 8) == pytest.approx(0.5, abs=0.03)
+    assert [np.mean(frames[frames > 1] == k) for k in range(3, 8)] == pytest.approx([0.1] * 5, abs=0.02)
+    for policy in ("full", "sample"):
+        whole = TrainConfig(frames=policy, still_share=0)
+        assert {train.step_frames(whole, s, 8) for s in range(50)} == {(8, 1)}
     cosine, constant = (TrainConfig(steps=100, warmup=10, lr=2.0, lr_schedule=s) for s in ("cosine", "constant"))
     assert [train.learning_rate(constant, s) for s in (0, 4, 9, 50, 99)] == pytest.approx([0.2, 1, 2, 2, 2])
     assert train.learning_rate(cosine, 50) == pytest.approx(1) and train.learning_rate(cosine, 99) < 0.001
+
+
+def test_the_curriculum_sees_clips_alone(dfgn_argv, tmp_path, monkeypatch):
+    """A step of stills says nothing of r, of mixed batches the clips are taken; entropy of all samples counts both."""
+    seen, observe = [], train.Curriculum.observe
+    monkeypatch.setattr(train.Curriculum, "observe", lambda *a: seen.append(len(a[1])) or observe(*a))
+    run_train(*options(dfgn_argv, steps=2, out=tmp_path / "stills", still_share=1))
+    line, = log_of(tmp_path / "stills")
+    assert seen == [] and line["entropy_all"] == 1 and 0.3 < line["entropy"] < 0.9
+    monkeypatch.setattr(data.ClipDataset, "variants", lambda self, *_: [0] if _[1] else [1])     # sample 0, the others
+    stickers = data.StickerSet(dfgn_argv[dfgn_argv.index("--data") + 1], "train")
+    run_train(*options(dfgn_argv, steps=2, out=tmp_path / "mixed", frames="sample", still_share=0,
+                       tasks="interpolation"))
+    clips = sum(min(int(n), 3) > 1 for n in stickers.lengths[[1, 0, 0, 0]])
+    assert seen == ([clips] * 2 if clips else [])
+    line, = log_of(tmp_path / "mixed")
+    assert line["entropy_all"] == pytest.approx(1 - clips / 4 * (1 - data.unknown_share("interpolation")), abs=1e-6)
 
 
 def test_one_task_on_whole_clips(dfgn_argv, tmp_path):
@@ -235,7 +257,7 @@ def test_two_sets_sheets_on_the_way_and_words_that_were_not_trained(dfgn_argv, s
         write_animation(tmp_path / "in" / f"{name}.gif", frames, [80] * 4)
     data.main(["folder", str(tmp_path / "in"), "--size", "16", "--out", str(more), "--workers", "1"])
     prompts.write_text("a red star\n\npurple aardvark\n")
-    argv = [*dfgn_argv, "--data", stickers16, more, "--still-share", "1", "0"]
+    argv = [*dfgn_argv, "--data", stickers16, more, "--still-share", "0.5"]
     run_train(*options(argv, steps=6, out=run, sample_every=4, prompts=prompts, save_every=100))
     sheets = sorted(run.glob("samples-*.png"))
     assert [path.name for path in sheets] == ["samples-000004.png", "samples-000006.png"]
@@ -254,9 +276,24 @@ def test_a_run_starts_from_anothers_weights(dfgn_argv, tiny_dfgn, tmp_path):
     run_train(*options(dfgn_argv, steps=1, lr=1e-12, warmup=0, weight_decay=0, base=base, out=run))
     for part in ("net", "ema"):
         torch.testing.assert_close(state_of(run)[part], state_of(tiny_dfgn)["ema"], rtol=0, atol=1e-7)
-    assert read_config(run)["inputs"]["base"] == file_hash(base)
+    assert read_config(run)["inputs"]["base"] == identity(base)
     with pytest.raises(UserError, match=f"--base {base}: trained with another VAE"):
-        train.load_base(base, PRESETS["tiny"], dict(vae="another"))
+        train.load_base(base, PRESETS["tiny"], ["another"], None)
+
+
+def test_what_does_not_fit_starts_anew(tiny_dfgn, capsys):
+    """As the known frames' encoder of weights from before it was widened."""
+    net, other = (load_rdtf(tiny_dfgn / "model.safetensors")[0] for _ in range(2))
+    theirs = {k: w + 1 for k, w in net.state_dict().items() if not k.startswith("dfgn.known.attn.")}
+    theirs["dfgn.known.widen.weight"] = torch.zeros(3, 3)
+    load_fitting(other, theirs, "old.safetensors", True)
+    for name, w in other.state_dict().items():
+        new = name.startswith("dfgn.known.attn.") or name == "dfgn.known.widen.weight"
+        assert torch.equal(w, net.state_dict()[name] if new else theirs[name])
+    said = capsys.readouterr().out
+    assert "--base old.safetensors: " in said and "anew: dfgn.known.widen, dfgn.known.attn.to_q, " in said
+    with pytest.raises(UserError, match="--base x: only .* of the parameters are there"):
+        load_fitting(other, {"dfgn.stem.bias": theirs["dfgn.stem.bias"]}, "x", True)
 
 
 def test_a_tuned_decoder_keeps_the_latents(vae_argv, dfgn_argv, tiny_vae, tiny_dfgn, stickers16, tmp_path):
@@ -267,14 +304,14 @@ def test_a_tuned_decoder_keeps_the_latents(vae_argv, dfgn_argv, tiny_vae, tiny_d
     changed = {name for (name, w), v in zip(before.state_dict().items(), after.state_dict().values())
                if not torch.equal(w, v)}
     assert changed and {name.partition(".")[0] for name in changed} == {"decoder", "post_quant_conv", "shortcut_out"}
-    assert tuned["latents"] == meta["latents"] == file_hash(base) and 5 < tuned["psnr"] < 60
+    assert tuned["latents"] == meta["latents"] == identity(base) and 5 < tuned["psnr"] < 60
     net = tiny_dfgn / "model.safetensors"
     clips = [Sampler(net, path).sample(["star"], [(0, 0)], steps=2) for path in (base, run / "model.safetensors")]
     assert (clips[0] != clips[1]).any()
     again, dfgn = tmp_path / "again", tmp_path / "dfgn"                 # a tuned one tuned, a DFGN on it
     run_train(*options(vae_argv, steps=1, base=run / "model.safetensors", out=again))
     run_train(*options(dfgn_argv, steps=1, vae=again / "model.safetensors", base=net, out=dfgn))
-    assert load_rdtf(dfgn / "model.safetensors")[1]["vae"] == file_hash(base)
+    assert load_rdtf(dfgn / "model.safetensors")[1]["vae"] == identity(base)
     assert set(stickers16.glob("latents-*")) <= caches
 
 
@@ -338,7 +375,7 @@ def test_values_that_are_not_finite_stop(what, bad, dfgn_argv, tmp_path, monkeyp
         run_train(*options(dfgn_argv, steps=3, out=run, still_share=0, save_every=1))
     stage = stage_of(run)
     stage.curriculum.load_state_dict(state_of(run)["curriculum"])
-    task, t, index = next(stage.batches(1))[2][2].tolist()
+    task, t, index, _ = next(stage.batches(1))[2][2].tolist()
     caption, line = stage.stickers.records[index]["caption"], stage.stickers.records.rows[index] + 1
     assert f"line {line}, {caption!r}, {TASKS[task]} at timestep {t}" in str(stop.value)
     assert str(stop.value).count(" at timestep ") == (bad or 3)
@@ -366,3 +403,21 @@ def test_the_script_ends_with_a_line_and_a_status(tiny_dfgn, dfgn_argv):
     done = subprocess.run([sys.executable, str(SCRIPT), *map(str, argv)], capture_output=True, text=True)
     line, = done.stderr.strip().splitlines()
     assert done.returncode == 2 and line.startswith("error: --lr 0.5") and str(tiny_dfgn) in line
+
+
+def test_a_vae_made_again_by_its_command_takes_its_place(vae_argv, dfgn_argv, tiny_vae, tiny_dfgn, tmp_path):
+    """The same file to the byte; runs and files that knew it by its file's hash, as was done once, go on."""
+    again, run = tmp_path / "vae", tmp_path / "run"
+    run_train(*vae_argv, "--steps", 4, "--out", again)
+    model = again / "model.safetensors"
+    assert model.read_bytes() == (tiny_vae / "model.safetensors").read_bytes()
+    shutil.copytree(tiny_dfgn, run)
+    old = read_config(run)
+    old["inputs"]["vae"] = file_hash(model)
+    (run / "config.json").write_text(json.dumps(old))
+    run_train(*options(dfgn_argv, steps=7, out=run, save_every=4, vae=model))
+    assert read_config(run)["inputs"]["vae"] == file_hash(model)          # done: nothing was written
+    net, meta = load_rdtf(run / "model.safetensors")
+    save_model(tmp_path / "old.safetensors", net.state_dict(), **dict(meta, vae=file_hash(model)))
+    for path in (run / "model.safetensors", tmp_path / "old.safetensors"):
+        assert Sampler(path, model).T == 8

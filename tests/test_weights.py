@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from data import tokenize
 from lib import towers
 from lib import weights as W
-from lib.files import UserError
+from lib.files import UserError, file_hash
 from model import PRESETS, RDTF, SD_VAE, Config, load_rdtf, load_vae
 
 
@@ -107,6 +107,42 @@ def test_models_come_back(saved, tmp_path):
     assert not W.is_own(tmp_path / "other.safetensors") and not W.is_own(tmp_path / "none")
 
 
+def test_a_model_is_known_by_its_content(saved, tmp_path):
+    """Not by its file's bytes, place, or what else it says; equal contents are equal files."""
+    path, weights, metadata = saved
+    W.save_model(tmp_path / "again", dict(reversed(weights.items())), **dict(reversed(metadata.items())))
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+    old = {k: json.dumps(v) for k, v in {**metadata, "step": 8, "vae_file": "elsewhere"}.items()}  # a key each, as once
+    save_file(weights, tmp_path / "old", metadata=old)
+    assert W.read_metadata(tmp_path / "old")["step"] == 8 and W.is_own(tmp_path / "old", "dfgn")
+    assert W.identity(tmp_path / "old") == W.identity(path) != file_hash(tmp_path / "old")
+    assert W.names_of(path) == {W.identity(path), file_hash(path)}
+    name = "dfgn.conv_out.bias"
+    for other, more in ((dict(weights, **{name: weights[name] + 1}), {}), (weights, dict(kind="adapter", base="b")),
+                        (weights, dict(config=edited(metadata["config"], ["diffusion", "prediction"], "v")))):
+        W.save_model(tmp_path / "other", other, **{**metadata, **more})
+        assert W.identity(tmp_path / "other") != W.identity(path)
+    save_file(weights, tmp_path / "foreign.safetensors", metadata=dict(format="pt"))
+    assert W.identity(tmp_path / "foreign.safetensors") == file_hash(tmp_path / "foreign.safetensors")
+
+
+def test_a_folder_stands_for_the_model_in_it(saved, sd_vae, tmp_path):
+    shutil.copy(saved[0], tmp_path / "model.safetensors")
+    assert load_rdtf(tmp_path)[1] == saved[2] and W.identity(tmp_path) == W.identity(saved[0])
+    diffusers = tmp_path / "sd-vae-ft-mse"
+    diffusers.mkdir()
+    (diffusers / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="sd-vae-ft-mse: a folder without model.safetensors$"):
+        load_vae(diffusers)
+    save_file(sd_vae["diffusers"], diffusers / "diffusion_pytorch_model.safetensors")
+    assert load_vae(diffusers)[1]["any_size"]
+    (diffusers / "diffusion_pytorch_model.safetensors").rename(tmp_path / "VAE.SAFETENSORS")
+    assert load_vae(tmp_path / "VAE.SAFETENSORS")[1]["any_size"]
+    (diffusers / "state.pt").touch()
+    with pytest.raises(UserError, match="without model.safetensors; the command that trained it writes it again"):
+        load_rdtf(diffusers)
+
+
 def edited(tree, path, value):
     """A copy of nested dictionaries with one value changed, or without it (value ...)."""
     key, *below = path
@@ -140,7 +176,7 @@ def with_header(content, change):
     return struct.pack("<Q", len(header)) + header + content[8 + length:]
 
 
-BIAS, STEP = ("dfgn.conv_out.bias", "shape"), ("__metadata__", "step")
+BIAS, STEP = ("dfgn.conv_out.bias", "shape"), ("__metadata__", "rdtf")
 DAMAGE = {
     "empty": (lambda c: b"", "not a readable"),
     "header": (lambda c: struct.pack("<Q", 2**62) + c[8:], "not a readable"),

@@ -3,6 +3,7 @@
     python sample.py --prompt "rocket" "red heart" --out out/ && python tools/recognise.py out/*.webp
 """
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib.distances import on_white  # noqa: E402
 from lib.files import run_cli  # noqa: E402
 from lib.judge import SHIPPED, JudgeExtractor  # noqa: E402
-from lib.media import read_animation, square  # noqa: E402
+from lib.media import read_animation, slug, square  # noqa: E402
 
 
 def main(argv=None):
@@ -27,8 +28,8 @@ def main(argv=None):
         embedding = judge(np.round(on_white(clip) * 255).astype(np.uint8)[None])
         order = (embedding @ judge.net.places.float().numpy().T)[0].argsort()[::-1]
         nearest = [judge.net.concepts[i] for i in order]
-        stems = [name.lower().replace(" ", "-") for name in nearest]
-        rank = stems.index(file.stem) + 1 if file.stem in stems else None
+        places = {slug(name): place for place, name in reversed(list(enumerate(nearest, 1)))}
+        rank = places.get(slug(file.stem)) or places.get(re.sub(r"-\d+$", "", slug(file.stem)))  # NAME-2: a second one
         hits.append(rank == 1)
         place = f"its caption is number {rank}" if rank else "its caption is no concept that the judge has"
         print(f"{file}: {', '.join(nearest[:3])} ({place})")

@@ -18,9 +18,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from data import TASKS, eval_mask  # noqa: E402
-from lib.files import UserError, atomic_write, read_json, read_jsonl, run_cli  # noqa: E402
+from lib.files import UserError, atomic_write, check_outputs, read_json, read_jsonl, run_cli  # noqa: E402
 from lib.media import save  # noqa: E402
-from lib.tables import distance_table, psnr_table, score_table  # noqa: E402
+from lib.tables import all_of  # noqa: E402
 
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }
@@ -81,7 +81,7 @@ def clips(run, report, count):
     """The first clips of each task that evaluate.py made, above the ground truth; they come from its cache."""
     options = ["--run", run, "--data", report["data"], "--split", report["split"], "--n", report["n"],
                "--seed", report["seed"], *(["--groups", *report["groups"]] if report["groups"] else [])]
-    options += [f"--{name.replace('_', '-')}={value}" for name, value in report["sampler"].items()]
+    options += [f"--{name.replace('_', '-')}={value}" for name, value in report["asked"].items()]
     args = evaluate.parse([str(option) for option in options])
     made = evaluate.Run(run, args)
     test = evaluate.EvalSet(args, made.sampler.T, made.sampler.size)
@@ -136,7 +136,7 @@ def plots(log):
         "loss by timestep decile": {f"t in {d}00..{d}99": curve(lambda line, d=d: line["deciles"].get(str(d)))
                                     for d in range(10)},
         "curriculum: expected sample entropy, ease r": {
-            name: curve(lambda line, name=name: line.get(name)) for name in ("entropy", "r")}}
+            name: curve(lambda line, name=name: line.get(name)) for name in ("entropy", "entropy_all", "r")}}
     drawn = {title: {name: c for name, c in curves.items() if len(c[0])} for title, curves in panels.items()}
     figures = "".join(f"<div>{plot(curves, title)}</div>" for title, curves in drawn.items() if curves)
     return f'<div class="grid">{figures}</div>'
@@ -156,10 +156,7 @@ def page(run, count):
     if report:
         parts += ["<h2>Given frames</h2><p>Framed frames are given, the others drawn by the network.</p>",
                   clips(run, report, count), f"<h2>Results</h2><p>{html.escape(report['protocol'])}</p>"]
-        tasks = report["tasks"]
-        tables = (distance_table(tasks, report["vae"], report["floor"]), score_table(tasks, report["real"]),
-                  psnr_table(tasks))
-        parts += map(table, filter(None, tables))
+        parts += map(table, all_of(report))
         parts += [f"<p>{html.escape(line)}</p>" for line in report["metrics"]]
     else:
         parts.append(f"<p>Not evaluated: <code>python evaluate.py --run {html.escape(str(run))}</code> adds held-out "
@@ -176,7 +173,9 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, help="default: RUN/report.html")
     parser.add_argument("--clips", type=int, default=3, help="held-out clips of each task (default: %(default)s)")
     args = parser.parse_args(argv)
-    content, out = page(args.run, args.clips), args.out or args.run / "report.html"
+    out = args.out or args.run / "report.html"
+    check_outputs([("--out", out)])
+    content = page(args.run, args.clips)
     atomic_write(out, lambda path: path.write_text(content, encoding="utf-8"))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 

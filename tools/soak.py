@@ -2,10 +2,12 @@
 
     python tools/soak.py --kills 50 --seed 1     # runs of one process and of two ranks in turn
 
-A kill is SIGKILL to all processes of a run, SIGKILL to one rank (torchrun then starts both again), or SIGTERM, which
-saves; some time after a log line, or as soon as a checkpoint, model, log, configuration or the latents are written.
+A kill is SIGKILL to all processes of a run, SIGKILL to one rank (torchrun then starts both again), SIGTERM, SIGHUP or
+SIGUSR1, which save, or the end of the terminal that it runs in; some time after a log line, or as soon as a checkpoint,
+model, log, configuration or the latents are written.
 """
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -22,20 +25,38 @@ import torch
 
 ROOT, STEPS = Path(__file__).resolve().parent.parent, 30
 MOMENTS = "line", "line", "state.pt.tmp", "model.safetensors.tmp", "log.jsonl.tmp", "config.json.tmp", "latents-*.part"
+SAVING = dict(term="SIGTERM", hup="SIGHUP", usr1="SIGUSR1")
 TIMES = ("clips_per_s", "cpu_s", "save_s", "peak_mb")
 
 
 def start(script, *arguments, ranks=1):
+    """A process in a terminal of its own, whose other end is process.terminal."""
+    import fcntl  # these three are of POSIX alone
+    import pty
+    import termios
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--max-restarts=3"]
     command = [sys.executable, *(launcher if ranks > 1 else []), ROOT / script, *arguments]
-    return subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            env=dict(os.environ, OMP_NUM_THREADS="1"))
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen([*map(str, command)], stdin=inside, stdout=inside, stderr=inside,
+                               env=dict(os.environ, OMP_NUM_THREADS="1"), start_new_session=True,
+                               preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+    os.close(inside)
+    process.terminal, process.said = terminal, bytearray()
+    threading.Thread(target=listen, args=(process,), daemon=True).start()    # or a full terminal would stop it
+    return process
+
+
+def listen(process):
+    """Keep what a process says, until its terminal ends."""
+    with contextlib.suppress(OSError):
+        while said := os.read(process.terminal, 4096):
+            process.said += said
 
 
 def finish(process):
-    error = process.communicate()[1]
+    process.wait()
     if process.returncode:
-        sys.exit(f"a run ended with status {process.returncode}:\n{error[-3000:]}")
+        sys.exit(f"a run ended with status {process.returncode}:\n{process.said[-3000:].decode(errors='replace')}")
 
 
 def tree(pid):
@@ -71,12 +92,12 @@ def kill(how, draw, process, ranks):
     pids = tree(process.pid)
     if how == "rank" and ranks > 1:
         pids = draw.sample(pids[1:], min(1, len(pids) - 1))
-    for pid in [process.pid] if how == "term" else pids:
-        try:
-            os.kill(pid, signal.SIGTERM if how == "term" else signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.communicate()
+    if how == "terminal":
+        os.close(process.terminal)               # the kernel then sends SIGHUP
+    for pid in [] if how == "terminal" else [process.pid] if how in SAVING else pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, getattr(signal, SAVING.get(how, "SIGKILL")))
+    process.wait()
 
 
 def same(a, b):
@@ -112,7 +133,7 @@ def soak(kills, seed, folder):
         command = [*argv, "--data", copy, "--out", run, "--workers", draw.randrange(2)]
         process = start(*command, ranks=ranks)
         while wait_for(moment := draw.choice(MOMENTS), draw, process, run, copy):
-            how = draw.choice(["all", "all", "rank", "term"])
+            how = draw.choice(["all", "all", "rank", "term", "hup", "terminal", *(["usr1"] if ranks == 1 else [])])
             kill(how, draw, process, ranks)
             counts[f"{moment}, {how}, {ranks}"] += 1
             print(f"{time.monotonic() - began:6.0f} s: kill {counts.total()}: at {moment}, {how} of {ranks}, "

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import StickerSet, rng_for  # noqa: E402
 from lib.cpu import keep_memory  # noqa: E402
 from lib.distances import bootstrap, on_white, to_signed  # noqa: E402
-from lib.files import UserError, run_cli  # noqa: E402
+from lib.files import UserError, check_outputs, run_cli  # noqa: E402
 from lib.judge import Judge  # noqa: E402
 from lib.sources import split_of  # noqa: E402
 from lib.weights import save_model  # noqa: E402
@@ -121,6 +121,7 @@ def main(argv=None):
         "(default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     o = parser.parse_args(argv)
+    check_outputs([("--out", o.out)])
     keep_memory()
     drawings = Drawings(o.data)
     torch.manual_seed(o.seed)
