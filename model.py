@@ -37,7 +37,6 @@ from lib.weights import (
 
 END = 49407                               # open_clip's token after a caption
 UNKNOWN = 258                             # its token of the word "#"
-FADE = 16                                 # how fast given frames' share in z_t fades: sigma ** 16 is a half at t = 571
 
 
 # ---- configs
@@ -89,6 +88,7 @@ class DFGNConfig:
     temporal: str = "sti"                 # sti: the paper's layer; conv3d: its ablation DFGN(3D-Conv); none: a base
     known: bool = True                    # given frames are an input; False: a text-to-video base (lib/peft.py)
     given: str = "difference"             # to a fill from given frames is diffused; zeros: other frames' input (paper)
+    fade: int = 16                        # power of sigma by which the fill's share in z_t fades; 0: it is always whole
     pool_text: bool = True                # add the mean text feature to the time embedding
 
 
@@ -621,7 +621,7 @@ class RDTF(nn.Module):
             weights = fill_weights(cond_mask, loss_mask.sum(1), "blend").to(known.dtype)
             known = torch.einsum("bts,bschw->btchw", weights, known)
             signal, sigma = self.diffusion.coefficients(t, z_t.dtype)
-            base = sigma ** FADE * known
+            base = sigma ** self.config.dfgn.fade * known
             x_t = (signal * (known - base)).where(given, z_t - signal * base)
         return self.dfgn(x_t, t, context, known, cond_mask, loss_mask, context_mask).float(), x_t, base
 

@@ -272,7 +272,7 @@ def test_the_loss_is_the_weighted_error_and_eps_and_z0_agree(prediction, given):
     known = z0 * (COND * MASK)[:, :, None, None, None]                         # no padded frame is given
     if given == "difference":                                                  # in a loop of 4: halves of 1 and 3
         known[0, 0] = known[0, 2] = (z0[0, 1] + z0[0, 3]) / 2
-    base = sigma ** model.FADE * known if given == "difference" else 0 * known
+    base = sigma ** 16 * known if given == "difference" else 0 * known
     target = net.diffusion.target(z0 - base, noise, t)
     wrong = torch.tensor([0.5] * 6 + [7] * 2).view(2, 4, 1, 1, 1)              # padded frames count for nothing
     if given == "difference":
@@ -310,6 +310,18 @@ def test_given_frames_are_clean_and_enough_where_all_else_is_noise():
     assert torch.equal(x[:, 0], other[:, 0]) and (x[:, 1:] - latents(1, 4, 1)[:, 1:]).abs().max() < 0.03
     still = z0[:, :1].expand(-1, 4, -1, -1, -1)
     assert net(still, tokens, t, latents(1, 4, 1), cond, real) < 1e-6 < 1e-2 < net(z0, tokens, t, noise, cond, real)
+
+
+def test_a_fill_that_does_not_fade_is_subtracted_whole():
+    net, seen, z0, noise = RDTF(tiny("dfgn.fade=0")), [], latents(1, 4), latents(1, 4, 1)
+    says(net, torch.zeros_like, seen)
+    t, cond = torch.tensor([100]), torch.tensor([[1.0, 0, 0, 0]])
+    loss = net(z0, tokenize(["a"]), t, noise, cond, torch.ones(1, 4))
+    x_t, known, _ = seen[0]
+    assert not x_t[:, 0].any() and torch.allclose(x_t, net.diffusion.add_noise(z0 - known, noise, t).where(
+        cond[:, :, None, None, None] == 0, 0), atol=1e-5)
+    want = net.diffusion.weight(t) * ((z0 - known)[:, 1:] ** 2).mean()
+    assert torch.allclose(loss, want, rtol=1e-5)
 
 
 def test_text_alone_is_what_it_was():
