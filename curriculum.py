@@ -12,12 +12,11 @@ Modes: none (uniform; the paper's "w/o CL"), linear (static alone; LCL), adaptiv
 import argparse
 import io
 from collections import deque
-from pathlib import Path
 
 import numpy as np
 
 from data import TASKS, unknown_share
-from lib.files import UserError, atomic_write, check_outputs, read_jsonl, run_cli
+from lib.files import UserError, check_outputs, read_jsonl, run_cli, write_bytes
 
 MODES = ("none", "linear", "adaptive")
 KP, KI, KD = 5.0, 3.0, 1.3                # paper Table 6
@@ -136,8 +135,7 @@ def plot(path, log=None):
     axes[2].legend(fontsize=7), axes[3].legend(fontsize=7)
     fig.supxlabel("share of the training")
     fig.savefig(file := io.BytesIO(), dpi=110, format="png")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: temporary.write_bytes(file.getvalue()))
+    write_bytes(path, file.getvalue())
 
 
 def main(argv=None):

@@ -252,7 +252,7 @@ def psnr_of(clips, real, decoded, mask, seed):
     shown = dict(model=clips, **baselines(decoded, decoded, mask))
     errors = {name: ((x - real)[:, mask == 0] ** 2).mean((1, 2, 3, 4)) for name, x in shown.items()}
     found = {name: paired_interval(psnr, e, seed=seed) for name, e in errors.items()}
-    for name in errors.keys() - {"model", "vae"}:
+    for name in [name for name in ("copy", "blend") if name in errors]:
         found[f"model - {name}"] = paired_interval(lambda a, b: psnr(a) - psnr(b), errors["model"], errors[name],
                                                    seed=seed)
     return found
@@ -307,7 +307,7 @@ def compare_distances(real, features, seed):
                 for d, (x, f) in DISTANCES.items() if x in features[name]}
     mine, n = runs("model"), len(real["local"])
     return {name: {d: bootstrap_difference([other], [mine[d]], n, seed=seed) for d, other in runs(name).items()}
-            for name in features.keys() & {"copy", "blend"}}
+            for name in ("copy", "blend") if name in features}
 
 
 def measure_task(run, test, task, decoded, latents):

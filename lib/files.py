@@ -204,6 +204,12 @@ def check_outputs(outputs, inputs=()):
             raise UserError(f"{option} {path}: {folder} cannot be written to")
 
 
+def write_bytes(path, content):
+    """A file of this name, whole or not at all; its folder is made."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, lambda temporary: temporary.write_bytes(content))
+
+
 def write_json(path, value):
     """Write a value as JSON, atomically; its folder is made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -58,8 +58,10 @@ def ignore_signals(_):
 
 def check_workers(workers):
     """UserError where loading processes could not hand their batches over, which would be waited for in vain."""
+    if not workers:
+        return
     folder = tempfile.gettempdir()
-    if workers and len(os.fsencode(folder)) > 70:        # of 103 to 107 characters that a socket's name may have
+    if len(os.fsencode(folder)) > 70:        # of 103 to 107 characters that a socket's name may have
         raise UserError(f"--workers {workers}: the folder of temporary files, {folder}, has a name too long for "
                         "sockets; export TMPDIR=/tmp, or give --workers 0")
     try:

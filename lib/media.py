@@ -19,7 +19,7 @@ import torch
 from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from lib import animation
-from lib.files import UserError, atomic_write
+from lib.files import UserError, write_bytes
 
 FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG",
            ".jfif": "JPEG", ".jpe": "JPEG"}
@@ -300,12 +300,6 @@ def write_animation(path, frames, durations):
         options = dict(lossless=True, quality=80, exact=True) if kind == "WEBP" else {}
         content = save([Image.fromarray(f) for f in frames], kind, durations, **options)
     write_bytes(path, content)
-
-
-def write_bytes(path, content):
-    """A file of this name, whole or not at all; its folder is made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda temporary: temporary.write_bytes(content))
 
 
 PNG_LEVELS = ((1, 256), (1, 128), (2, 256), (2, 128), (2, 64), (4, 128), (4, 64), (4, 32), (4, 8))  # block, colours

@@ -105,10 +105,10 @@ def z0_errors(sampler, clips, captions, mask, seed, batch, timesteps):
         noise = torch.from_numpy(np.stack([rng.standard_normal(z0.shape[1:], np.float32) for rng in rngs])).to(z0)
         text = net.encode_text(sampler.tokens(share))
         given, real = torch.tensor(np.stack([mask] * len(part))).to(z0), torch.ones(part.shape[:2]).to(z0)
+        found = []
         for t in timesteps:
             at = torch.full((len(part),), t, device=z0.device)
-            found = net.z0(net.diffusion.add_noise(z0, noise, at), at, *text, z0, given, real)
-            errors.append(((found - z0) ** 2).mean((2, 3, 4)).cpu())                  # (b, T)
-    sizes = range(0, len(clips), batch)
-    parts = [torch.stack(errors[k * len(timesteps):(k + 1) * len(timesteps)], 1) for k in range(len(sizes))]
-    return torch.cat(parts).numpy()
+            predicted = net.z0(net.diffusion.add_noise(z0, noise, at), at, *text, z0, given, real)
+            found.append(((predicted - z0) ** 2).mean((2, 3, 4)).cpu())               # (b, T)
+        errors.append(torch.stack(found, 1))
+    return torch.cat(errors).numpy()
