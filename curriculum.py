@@ -4,10 +4,9 @@
     python curriculum.py --plot out.png --log runs/dfgn/log.jsonl  # the same with a run's own entropy
 
 Few unknown frames make an easy task (low entropy), many a hard one: by the masks of data.py predictions (0.50) and
-interpolation (0.54) before the generation tasks (0.88 and 1), though the weights begin with interpolation, as the paper
-says. Single frames have no task to choose, and stay out. A task's probability is proportional to a static
-weight, a straight line over the training, plus an adaptive one that follows the loss through a PID score.
-Modes: none (uniform; the paper's "w/o CL"), linear (static alone; LCL), adaptive (static + adaptive; DCL).
+interpolation (0.54) before the generation tasks (0.88 and 1), though the weights begin with interpolation, as in the
+paper. A task's probability is proportional to a static weight, a straight line over the training, plus an adaptive one
+that follows the loss through a PID score. Modes: none (uniform; "w/o CL"), linear (static; LCL), adaptive (both; DCL).
 """
 import argparse
 import io
@@ -15,7 +14,7 @@ from collections import deque
 
 import numpy as np
 
-from data import TASKS, unknown_share
+from data import TASKS, UNKNOWN
 from lib.files import UserError, check_outputs, read_jsonl, run_cli, write_bytes
 
 MODES = ("none", "linear", "adaptive")
@@ -32,14 +31,11 @@ WEIGHTS = {                               # static at the start and at the end; 
 class Curriculum:
     """Task probabilities of every step. `observe` takes in a step's losses; the state is in the checkpoint.
 
-    steps: length of the static line. tasks: those to draw; none named: all. smooth: steps over which r is averaged.
-    r is the share of recent scores above the current one; a single batch's would jump over its whole range.
-    losses: how many the run will show; a tenth of a (task, timestep decile)'s share of them is what later ones are
-    divided by."""
+    steps: length of the static line. tasks: those to draw; none named: all. smooth: steps over which r, the share of
+    recent scores above the current one, is averaged: a single batch's would jump over its whole range. losses: how many
+    the run will show; a tenth of a (task, timestep decile)'s share of them is what later ones are divided by."""
 
     def __init__(self, mode="adaptive", steps=1, tasks=(), smooth=None, losses=0):
-        if mode not in MODES:
-            raise UserError(f"--curriculum {mode}: choose one of {', '.join(MODES)}")
         self.mode, self.steps = mode, max(steps, 1)
         self.trained = np.array([not tasks or task in tasks for task in TASKS], float)
         self.smooth = smooth or max(self.steps // 20, WARMUP)
@@ -63,7 +59,7 @@ class Curriculum:
 
     def entropy(self, step):
         """Expected share of unknown frames, H = sum_k p_k u_k: 0 everything given, 1 nothing given."""
-        return float(self.probabilities(step) @ [unknown_share(task) for task in TASKS])
+        return float(self.probabilities(step) @ UNKNOWN)
 
     def normalise(self, losses, tasks, deciles):
         """Losses (n,) divided by the mean of the first of their (task, timestep decile), frozen from then on.
@@ -97,14 +93,13 @@ class Curriculum:
 def simulate(mode, steps=2000, seed=0):
     """Probabilities (steps, tasks) and entropy (steps,) under a made-up loss that falls by half, of batches of 16."""
     rng, curriculum = np.random.default_rng(seed), Curriculum(mode, steps, losses=16 * steps)
-    difficulty = np.array([unknown_share(task) for task in TASKS])
     probabilities, entropy = [], []
     for step in range(steps):
         probabilities.append(curriculum.probabilities(step))
         entropy.append(curriculum.entropy(step))
         tasks, deciles = rng.choice(len(TASKS), 16, p=probabilities[-1]), rng.integers(0, 10, 16)
         falling = 0.5 + 0.5 * np.exp(-4 * step / steps)
-        curriculum.observe(difficulty[tasks] * falling * rng.gamma(8, 1 / 8, 16), tasks, deciles)
+        curriculum.observe(UNKNOWN[tasks] * falling * rng.gamma(8, 1 / 8, 16), tasks, deciles)
     return np.array(probabilities), np.array(entropy)
 
 
@@ -113,29 +108,25 @@ def read_entropy(log):
     lines = [line for _, line in read_jsonl(log) if "entropy" in line and "step" in line]
     if not lines:
         raise UserError(f"--log {log}: no line with a step and an entropy; give the log of a dfgn run")
-    return ([line["step"] for line in lines],
-            {name: [line.get(name, np.nan) for line in lines] for name in ("entropy", "entropy_all")})
+    values = {name: [line.get(name, np.nan) for line in lines] for name in ("entropy", "entropy_all")}
+    return [line["step"] for line in lines], values
 
 
 def plot(path, log=None):
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(15, 3.4), layout="constrained")
-    axes = fig.subplots(1, 4)
+    axes = (fig := Figure(figsize=(15, 3.4), layout="constrained")).subplots(1, 4)
     for mode, axis in zip(MODES, axes):
         probabilities, entropy = simulate(mode)
         for task, p in zip(TASKS, probabilities.T):
             axis.plot(np.linspace(0, 1, len(p)), p, label=task)
         axis.set(title=mode, ylim=(0, 0.45), ylabel="probability of a task")
         axes[3].plot(np.linspace(0, 1, len(entropy)), entropy, label=f"{mode} (made-up loss)")
-    if log:
-        steps, measured = read_entropy(log)
-        for (name, values), style in zip(measured.items(), ("k", "k:")):
-            axes[3].plot([step / steps[-1] for step in steps], values, style, label=f"{name}, measured")
-    axes[3].set_title("expected sample entropy H")
-    axes[2].legend(fontsize=7), axes[3].legend(fontsize=7)
+    steps, measured = read_entropy(log) if log else ([], {})
+    for (name, values), style in zip(measured.items(), ("k", "k:")):
+        axes[3].plot(np.array(steps) / steps[-1], values, style, label=f"{name}, measured")
+    axes[2].legend(fontsize=7), axes[3].legend(fontsize=7, title="expected sample entropy H")
     fig.supxlabel("share of the training")
-    fig.savefig(file := io.BytesIO(), dpi=110, format="png")
-    write_bytes(path, file.getvalue())
+    fig.savefig(file := io.BytesIO(), dpi=110, format="png"), write_bytes(path, file.getvalue())
 
 
 def main(argv=None):

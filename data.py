@@ -10,7 +10,6 @@ Key frames: paper Fig. 3 and Table 6. Condition masks: paper Table 7. Every draw
 """
 import argparse
 import functools
-import itertools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -21,7 +20,8 @@ import torch
 from PIL import Image
 
 from lib import sources
-from lib.files import UserError, cache_path, json_hash, numbered_lines, rows, run_cli
+from lib.draws import rng_for
+from lib.files import UserError, cache_path, rows, run_cli
 from lib.index import SPLITS, Chain, Index, JoinedIndex, Members
 from lib.media import MAX_DECODED, MAX_FRAMES, even_frames, to_tensor
 from lib.options import check_least, check_most
@@ -82,6 +82,35 @@ def mask_of(given, T):
 def unknown_share(task, T=8):
     """Expected share of unknown frames of a full clip under the masks that cond_mask draws from."""
     return float(np.mean([1 - len(given) / T for given in given_frames(fit_task(task, T), T)]))
+
+
+UNKNOWN = np.array([unknown_share(task) for task in TASKS])
+
+
+# ---- the draws of a training sample
+def draw_frames(c, step, T):
+    """(frames of a clip in this step, clips a batch slot stands for): T stills for a clip, or clips, half of which have
+    all T frames and the others 3 to T - 1. c: train.TrainConfig."""
+    rng = rng_for(c.seed, step, 0, 3)
+    if rng.random() < c.still_share:
+        return 1, T
+    whole = c.frames != "step" or T < 4 or rng.random() < 0.5
+    return (T if whole else int(rng.integers(3, T))), 1
+
+
+def draw_condition(c, p, u, n, T, timesteps):
+    """(task number, condition mask (T,), whether the text is kept, timestep) of a clip of n real frames.
+
+    c: train.TrainConfig. p: probabilities of TASKS. u (4,) in [0, 1): the draws of each of these, in this order."""
+    for_task, for_mask, for_drop, for_timestep = u
+    task = fit_task(TASKS[min(int(np.searchsorted(p.cumsum(), for_task)), len(TASKS) - 1)], n)
+    mask = cond_mask(task, n, T, for_mask)
+    text_drop = c.given_text_drop if mask.any() else c.text_drop
+    no_text = task == "i2v" or for_drop < text_drop + c.both_drop
+    if text_drop <= for_drop < text_drop + c.both_drop + c.cond_drop:
+        mask = np.zeros_like(mask)
+    shifted = c.timestep_shift * for_timestep / (1 + (c.timestep_shift - 1) * for_timestep)  # as Stable Diffusion 3's
+    return TASKS.index(task), mask, not no_text, int(shifted * timesteps)
 
 
 # ---- key frames
@@ -154,11 +183,15 @@ def random_phase(candidates, k, rng):
 
 # ---- texts
 def text_for(record, rng, word_dropout=0.2, keywords=0.5):
-    """Caption, with the keywords by chance, each word turned into "#" by chance (the paper's "Text Aug")."""
-    text = record["caption"]
-    if rng.random() < keywords:
-        text = ", ".join([text, *record["keywords"]])
-    words = text.split()
+    """Caption; with chance `keywords` they follow it, or (as often) some of them stand alone, as people type them.
+    Each word turns into "#" by chance (the paper's "Text Aug")."""
+    parts, u = [record["caption"]], rng.random()
+    if u < keywords and record["keywords"]:
+        parts += record["keywords"]
+        if u < keywords / 2:
+            some = rng.permutation(record["keywords"])[:1 + rng.integers(len(record["keywords"]))]
+            parts = [*some, f"{record['style']} style"] if "style" in record else some
+    words = ", ".join(parts).split()
     return " ".join("#" if u < word_dropout else word for u, word in zip(rng.random(len(words)), words))
 
 
@@ -223,6 +256,11 @@ class StickerSet:
     def __reduce__(self):
         return StickerSet, self.arguments
 
+    def other(self, split):
+        """The same set's stickers of another split."""
+        folder, _, groups = self.arguments
+        return StickerSet(folder, split, groups)
+
     def __len__(self):
         return len(self.records)
 
@@ -259,11 +297,6 @@ def cache_latents(folder, vae, vae_hash):
 
 
 # ---- training clips
-def rng_for(seed, step, n, stream):
-    """The generator of global sample n of a step. Streams: 0, 1 ClipDataset, 5 StickerTexts, the others train.py."""
-    return np.random.default_rng([seed, step, n, stream])
-
-
 @functools.lru_cache(8)
 def permutation(seed, epoch, kind, count):
     return np.random.default_rng([seed, epoch, kind, count]).permutation(count)
@@ -321,25 +354,6 @@ class ClipDataset(torch.utils.data.Dataset):
                     n=len(idx), index=index, **words)
 
 
-class StepSampler:
-    """Batch sampler: for each step of `start` to `stop` the keys of this rank, a contiguous share of all.
-
-    A key is (step, n, T, turn), as ClipDataset takes it. plan(step) -> (frames T of a clip, samples per batch slot)."""
-    def __init__(self, batch, start=0, stop=None, rank=0, world=1, plan=lambda step: (8, 1)):
-        if batch % world:
-            raise UserError(f"--batch {batch}: not a multiple of the {world} processes")
-        self.start, self.stop, self.plan = start, stop, plan
-        self.share = rank * batch // world, (rank + 1) * batch // world
-
-    def __iter__(self):
-        turns = Counter()
-        for step in itertools.count() if self.stop is None else range(self.stop):
-            T, times = self.plan(step)
-            if step >= self.start:
-                yield [(step, n, T, turns[T > 1]) for n in range(self.share[0] * times, self.share[1] * times)]
-            turns[T > 1] += 1
-
-
 # ---- command line
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -371,34 +385,9 @@ def parse(argv):
     return o
 
 
-def source_of(o):
-    """Options -> arguments of `prepare`: the source's name, its jobs, and total and read where they are known."""
-    if o.command == "fluent":
-        parts = sorted(set(o.parts))
-        return (f"fluent {' '.join(map(str, parts))}", lambda: sources.fluent_jobs(parts, Path(o.out).parent / "npm"),
-                dict(licences=[sources.LICENCES["fluent"]]))
-    if o.command == "emoji":
-        styles = [style for style in sources.STILLS if style in o.styles]
-        jobs = functools.partial(sources.emoji_jobs, o.hold_out, Path(o.out).parent / "npm", o.moving, styles)
-        some = " " + " ".join(styles) if len(styles) < len(sources.STILLS) else ""
-        name = f"emoji{some}, held out: {o.hold_out}" + (", moving" if o.moving else "")
-        return name, jobs, dict(licences=[sources.LICENCES[style] for style in styles])
-    if o.command == "synthetic":
-        return f"synthetic {o.n}", lambda: sources.synthetic_plans(o.n), dict(total=o.n, read=sources.synthetic_job)
-    outside = ", files outside too" if o.allow_outside else ""
-    if o.command == "vsd2m":
-        digest, total = sources.survey(o.manifest, o.root, o.limit, o.allow_outside, check=True)
-        name = f"vsd2m {digest[:12]}" + (f", first {o.limit} lines" if o.limit else "") + outside
-        read = functools.partial(sources.vsd2m_job, o.manifest, o.root, o.allow_outside)
-        return name, lambda: itertools.islice(numbered_lines(o.manifest), o.limit), dict(total=total, read=read)
-    jobs = list(sources.folder_jobs(Path(o.folder), o.allow_outside))
-    state = [[j["file"], j["caption"], sources.content_of(j["source"])] for j in jobs]
-    return f"folder {json_hash(state)[:12]}{outside}", lambda: jobs, dict(total=len(jobs))
-
-
 def main(argv=None):
     o = parse(argv)
-    source, jobs, more = source_of(o)
+    source, jobs, more = sources.source_of(o)
     import scipy.cluster.vq  # noqa: F401        here once, before workers are forked
     prepare(o.out, o.size, source, jobs, key_table, o.workers, o.most_frames, **more)
     if o.command == "emoji":

@@ -15,8 +15,6 @@ round trip of the same frames, below which nothing can come; as many real clips 
 distance is. A distance depends on n: unequal sets are refused. Intervals are 95 %: bootstrap over concepts, in the
 paper's tables Student's t over seeds. Clips, errors and features are cached in RUN/eval and DATA/eval.
 """
-import argparse
-import glob
 import json
 from pathlib import Path
 
@@ -26,40 +24,26 @@ from tqdm import trange
 
 from data import TASKS, StickerSet, eval_mask
 from lib import tables
-from lib.clip import clip_scores
 from lib.cpu import keep_memory
-from lib.distances import (
-    bootstrap,
-    bootstrap_difference,
-    bootstrap_fd,
-    by_clips,
-    differences,
-    extrapolate,
-    frechet,
-    on_white,
-    paired_interval,
-    psnr,
-    ratio,
-)
-from lib.dover import dover_fuse
+from lib.distances import by_clips, differences, on_white, paired_interval, psnr, ratio
+from lib.evaluate_options import parse_options
 from lib.extractors import extractors, features_of
 from lib.files import UserError, cache_path, check_outputs, file_hash, read_json, rows, run_cli, write_json
 from lib.index import SPLITS, Members
-from lib.judge import SHIPPED, same_sticker
-from lib.media import check_sheet, contact_sheet, even_frames, to_rgba, to_tensor
-from lib.options import check_least
-from lib.standins import fd_app, fd_mot, looped, z0_errors
+from lib.judge import same_sticker
+from lib.layers import nearest_given
+from lib.media import contact_sheet, even_frames, to_rgba, to_tensor
+from lib.scores import DISTANCES, DISTANT, compare_distances, distances, mean_of
+from lib.standins import looped, z0_errors
 from lib.weights import identity
 from model import fill_weights
-from sample import SETTINGS, Sampler, unknown_words
+from sample import SETTINGS, Sampler
 
 ROOT = Path(__file__).parent
 PAPER = json.loads((ROOT / "assets/paper_tables.json").read_text())
-DISTANCES = {"FVD": ("i3d", frechet), "FD-app": ("unknown", fd_app), "FD-mot": ("local", fd_mot)}  # of which features
-DISTANT = {"i3d", "local"}
 TIMESTEPS = 100, 300, 500, 700, 900, 999         # of errors in one step, of 1,000; the last is pure noise
 SAMPLING_CODE = ("data.py", "model.py", "sample.py", "lib/autoencoder.py", "lib/media.py", "lib/cpu.py",
-                 "lib/peft.py")
+                 "lib/layers.py", "lib/text.py", "lib/towers.py", "lib/peft.py")
 TABLES = {  # the paper's numbers of each task; Table 2 has one number for both predictions
     "1": dict(it2v="table1_it2v"), "3": dict(it2v="table3_modules_it2v"), "4": dict(it2v="table4_curriculum_it2v"),
     "2": dict(interpolation="table2_interpolation", prediction_forward="table2_prediction",
@@ -87,10 +71,17 @@ def to_bytes(white):
     return np.round(white * 255).astype(np.uint8)
 
 
+def to_white(rgba):
+    """(..., 4) uint8 straight RGBA -> (..., 3) uint8, what extractors look at."""
+    return to_bytes(on_white(rgba))
+
+
 def filled(clips, mask, fill):
     """Float clips (N, T, ...) made of their given frames alone, mask (T,). fill: nearest (each frame is its nearest
     given one) or blend (linear between the two around it; stickers loop: after the last frame comes the first)."""
-    weights = fill_weights(torch.tensor(mask)[None], torch.tensor([len(mask)]), fill)[0].to(torch.float32).numpy()
+    if fill == "nearest":
+        return clips[:, nearest_given(torch.tensor(mask)).numpy()]
+    weights = fill_weights(torch.tensor(mask)[None], torch.tensor([len(mask)]))[0].to(torch.float32).numpy()
     return np.einsum("ts,ns...->nt...", weights, clips)
 
 
@@ -223,25 +214,12 @@ class EvalSet:
 
     def scores(self, features, task):
         """{metric: (N,)} of all metrics that have a value for each clip."""
-        scores, by_name = {}, {x.name: x for x in self.extractors}
-        if "judge" in features:
-            scores.update(by_name["judge"].scores(features["judge"], self.concepts))
-        if "dover" in features:
-            fused = dover_fuse(*features["dover"].astype(float).T)
-            scores.update({f"VQA {name}".replace(" overall", ""): values for name, values in fused.items()})
-        if "clip" in features:
-            text = by_name["clip"].texts(self.captions)
-            frames = features["clip"].reshape(len(text), self.T, -1)
-            scores.update(clip_scores(text, frames, first_given=task in ("i2v", "it2v")))
-        return scores
+        told = dict(captions=self.captions, concepts=self.concepts, task=task)
+        found = [x.scores(features[x.name], **told) for x in self.extractors if x.name in features]
+        return {name: values for scores in found for name, values in scores.items()}
 
 
 # ---- numbers
-def mean_of(values, seed):
-    return dict(mean=float(np.mean(values)), interval=bootstrap(values, seed=seed),
-                clips=[round(float(v), 4) for v in values])
-
-
 def psnr_of(clips, real, decoded, mask, seed):
     """PSNR of the pooled errors of unknown frames, dB: {model, vae, copy, blend, model - copy, model - blend: value,
     interval}; None for t2v. Copies and blends are of frames through the VAE, as the model's are.
@@ -280,34 +258,6 @@ def predictions_of(run, test, task, latents):
     at = {t: paired_interval(ratio, with_text[:, i], t2v[:, i], seed=seed) for i, t in enumerate(run.timesteps())}
     return {**{name: mean_of(errors, seed) for name, errors in found.items()}, "over t2v": at,
             **{name: paired_interval(ratio, *pair, seed=seed) for name, pair in ratios.items()}}
-
-
-def distances(reference, other, seed, paired=True):
-    """{n; FVD, FD-app, FD-mot where features are there: value, interval; FVD-inf: value at infinite n, its error}."""
-    n, m = (len(next(iter(features.values()))) for features in (reference, other))
-    if n != m:
-        raise UserError(f"{n} real clips against {m} others: a distance depends on n; choose --n {min(n, m)}")
-    result = dict(n=n)
-    for name, (extractor, distance) in DISTANCES.items():
-        if extractor in reference and extractor in other:
-            a, b = reference[extractor].astype(float), other[extractor].astype(float)
-            interval = bootstrap_fd(a, b, seed=seed, paired=paired, distance=distance)
-            result[name] = dict(value=distance(a, b), interval=interval)
-            if name == "FVD" and n >= 2 * a.shape[1]:    # a line in 1/n says nothing at fewer clips
-                result["FVD-inf"] = extrapolate(a, b, seed=seed)
-    return result
-
-
-def compare_distances(real, features, seed):
-    """{copy, blend: {distance: value, interval}}: the model's less the baseline's, paired by concept.
-
-    features: {"model" and the baselines: {extractor: (N, width)}}."""
-    def runs(name):
-        return {d: (lambda rows, a=real[x], b=features[name][x], f=f: f(a[rows].astype(float), b[rows].astype(float)))
-                for d, (x, f) in DISTANCES.items() if x in features[name]}
-    mine, n = runs("model"), len(real["local"])
-    return {name: {d: bootstrap_difference([other], [mine[d]], n, seed=seed) for d, other in runs(name).items()}
-            for name in ("copy", "blend") if name in features}
 
 
 def measure_task(run, test, task, decoded, latents):
@@ -362,7 +312,7 @@ def evaluate(args):
     inputs = [("--run", run.model), *((f"--{name}", getattr(args, name)) for name in ("vae", "judge", "i3d", "dover"))]
     check_outputs([("--out", out), ("--sheet", args.sheet)], inputs)
     test = EvalSet(args, run.sampler.T, run.sampler.size)
-    if unknown := [caption for caption in test.captions if unknown_words(run.sampler.net, caption)[0]]:
+    if unknown := [caption for caption in test.captions if run.sampler.unknown(caption)[0]]:
         print(f"{len(unknown)} of {len(test.captions)} captions have words that the network does not know, such as "
               f"{unknown[0]!r}")
     report, made = measure(run, test)
@@ -381,20 +331,6 @@ def evaluate(args):
 
 
 # ---- the paper's tables
-def find_rows(options):
-    """["NAME=PATTERN", ...] -> {name: run folders}, one for each seed."""
-    found = {}
-    for option in options:
-        name, _, pattern = option.partition("=")
-        folders = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())
-        if not name.strip() or not pattern:
-            raise UserError(f"--rows {option}: write \"NAME=PATTERN\", in quotes, the pattern that of run folders")
-        if not folders:
-            raise UserError(f"--rows {option}: no run folder matches {pattern}")
-        found.setdefault(name.strip(), []).extend(folders)
-    return found
-
-
 def numbers_of(task):
     """{metric: number} of a task of a report."""
     found = {name: task["fd"]["model"][name]["value"] for name in DISTANCES if name in task["fd"]["model"]}
@@ -403,7 +339,7 @@ def numbers_of(task):
 
 def table(args):
     """Table 1, 2, 3 or 4: the paper's numbers beside those of the runs of --rows; markdown on stdout, a JSON file."""
-    found, keys, reports, features, test = find_rows(args.rows), TABLES[args.table], {}, {}, None
+    found, keys, reports, features, test = tables.find_rows(args.rows), TABLES[args.table], {}, {}, None
     args.tasks, out = list(keys), args.out or f"out/table-{args.table}.json"
     check_outputs([("--out", out)])
     for folder in (folder for folders in found.values() for folder in folders):
@@ -444,54 +380,11 @@ def table(args):
 
 # ---- command line
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--compare", nargs="+", metavar="RUN", help="print a row for each of these evaluated runs")
-    add("--table", choices=sorted(TABLES), help="print a table of the paper, its numbers beside ours")
-    add = parser.add_argument
-    add("--run", default="runs/dfgn", help="folder with model.safetensors, or such a file (default: %(default)s)")
-    add("--rows", nargs="+", default=[], metavar="NAME=PATTERN", help="of --table: run folders, one for each seed")
-    add("--data", help="prepared set; default: that of the run, or of the first of --rows")
-    add("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
-    add("--groups", nargs="+", help="emoji groups to evaluate on; default: all")
-    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="default: all six")
-    add("--n", type=int, default=256, help="concepts, one clip each, or as many as there are (default: %(default)s)")
-    add("--seed", type=int, default=0, help="default: %(default)s")
-    add("--batch", type=int, default=16, help="clips made at once; changes no clip (default: %(default)s)")
-    add("--vae", help="default: the file that the model was trained with")
-    add("--clip-weights", help="text tower that the model was trained with; not of the CLIP metric")
-    add("--steps", type=int, help="DDIM steps; this and the next three are the preset's by default, as in sample.py")
-    add("--eta", type=float, help="fresh noise of DDIM, 0..1")
-    add("--text-scale", type=float, help="text guidance")
-    add("--image-scale", type=float, help="guidance of the given frames")
-    add("--sheet", help="PNG contact sheet to write")
-    add("--sheet-rows", type=int, default=8, help="clips of each task on it (default: %(default)s)")
-    add("--out", help="JSON with all numbers (default: RUN/eval.json, out/table-N.json)")
-    add("--judge", default=str(SHIPPED), help="network of Recog@1, of tools/train_judge.py (default: %(default)s)")
-    add = parser.add_argument_group("published weights, local files; each brings its metric").add_argument
-    add("--i3d", metavar="FILE", help="I3D for FVD: i3d_pretrained_400.pt, rgb_imagenet.pt, or i3d_torchscript.pt")
-    add("--i3d-trust", action="store_true", help="run the code that a TorchScript file holds")
-    add("--i3d-eps", type=float, help="of its batch norm (default: 1e-3, as TensorFlow's; VideoGPT's port: 1e-5)")
-    add("--i3d-frames", choices=("loop", "pingpong", "hold", "pad"), default="loop",
-        help="how 8 frames become 16 (default: %(default)s)")
-    add("--dover", metavar="FILE", help="DOVER.pth, for VQA")
-    add("--clip", metavar="FILE", help="open_clip weights, or a folder with open_clip_config.json, for the CLIP metric")
-    add("--clip-model", default="ViT-H-14", help="open_clip's name of that model (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def check(args):
-    check_least(args, n=2, batch=1, sheet_rows=1, seed=0, steps=1)
-    if bool(args.rows) != bool(args.table):
-        raise UserError("--rows \"NAME=PATTERN\" ...: names the runs of --table 1, 2, 3 or 4")
-    if args.i3d_eps is not None and args.i3d_eps <= 0:
-        raise UserError(f"--i3d-eps {args.i3d_eps}: must be above 0")
-    check_sheet(args.sheet)
+    return parse_options(__doc__, TASKS, sorted(TABLES), argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    check(args)
     keep_memory()
     if args.compare:
         print(tables.compare(args.compare))

@@ -9,7 +9,6 @@ Shapes: a clip is (B, T, C, H, W); inside the networks frames are folded into th
 `flatten(0, 1)`. `loss_mask (B, T)` is 1 where a frame is real. Every layer that mixes frames masks the others out.
 """
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -17,58 +16,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from lib import peft
-from lib.autoencoder import VAE
-from lib.cpu import Conv3x3, Linear, attend
-from lib.files import UserError, file_hash
+from lib.autoencoder import SD_VAE, VAE, VAEConfig
+from lib.cpu import Conv3x3, Linear
+from lib.files import UserError
+from lib.layers import GEGLU, Attention, zero_
 from lib.options import apply_changes, check_config, check_value, dataclass_from_dict
-from lib.peft import nearest_given, zero_
-from lib.weights import (
-    SD_SCALE,
-    identity,
-    is_own,
-    load_adapter,
-    load_model,
-    load_strict,
-    model_file,
-    names_of,
-    read_sd_vae,
-)
-
-END = 49407                               # open_clip's token after a caption
-UNKNOWN = 258                             # its token of the word "#"
+from lib.text import TextEncoder
+from lib.weights import load_model
 
 
 # ---- configs
 @dataclass
-class VAEConfig:
-    size: int = 64                        # pixels a side that the preset trains at
-    image_channels: int = 4               # premultiplied RGBA in [-1, 1]; 3 for Stable Diffusion's weights
-    patch: int = 4                        # pixels folded into channels before the first convolution; 1: none
-    widths: tuple = (32, 64)              # channels a level; f = patch * 2 ** (levels - 1)
-    layers: int = 1                       # residual blocks a level (the decoder has one more)
-    latent_channels: int = 48
-    groups: int = 16                      # groups of GroupNorm
-    shortcut: bool = True                 # linear path beside encoder and decoder, starts as PCA; SD has none
-    kl_weight: float = 1e-7
-    latent_noise: float = 0.0             # training: scale of the noise that the decoder learns to see through
-
-    @property
-    def factor(self):
-        """Pixels a side of a latent cell."""
-        return self.patch * 2 ** (len(self.widths) - 1)
-
-    @property
-    def side(self):
-        """Cells a side of the latents."""
-        return self.size // self.factor
-
-
-@dataclass
 class TextConfig:
-    kind: str = "small"                   # small: transformer trained jointly; open_clip: frozen tower, features given
-    width: int = 128                      # width of the token features
-    layers: int = 2
+    kind: str = "minilm"                  # minilm, open_clip (paper): features of frozen towers are read; small: tokens
+    width: int = 256                      # of the features that the DFGN reads; open_clip: the tower's
+    layers: int = 2                       # of the transformer, trained with the DFGN, that makes them; open_clip: none
     vocab: int = 49408                    # tokens with an embedding: open_clip's; train.py takes those of its texts
     length: int = 77
 
@@ -81,12 +43,12 @@ class DFGNConfig:
     head_dim: int = 32                    # width of an attention head
     stem_heads: int = 2                   # heads of the temporal transformer after the stem
     ff_mult: int = 2                      # expansion of the GEGLU feed-forward
-    text_width: int = 128
+    text_width: int = 256
     groups: int = 16                      # groups of GroupNorm
     sti_heads: int = 2                    # heads of the semantic branch
     sti_head_dim: int = 32
     temporal: str = "sti"                 # sti: the paper's layer; conv3d: its ablation DFGN(3D-Conv); none: a base
-    known: bool = True                    # given frames are an input; False: a text-to-video base (lib/peft.py)
+    known: bool = True                    # given frames are an input; False: of text to video alone
     given: str = "difference"             # to a fill from given frames is diffused; zeros: other frames' input (paper)
     fade: int = 16                        # power of sigma by which the fill's share in z_t fades; 0: it is always whole
     pool_text: bool = True                # add the mean text feature to the time embedding
@@ -136,38 +98,6 @@ class Config:
 
 
 # ---- small parts
-class Attention(nn.Module):
-    """Multi-head attention; `context` None means self-attention."""
-
-    def __init__(self, width, heads, head_dim, context_width=None):
-        super().__init__()
-        inner = heads * head_dim
-        self.heads = heads
-        self.to_q = Linear(width, inner, bias=False)
-        self.to_kv = Linear(context_width or width, 2 * inner, bias=False)
-        self.to_out = Linear(inner, width)
-
-    def split(self, x):
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (N, heads, L, d)
-
-    def forward(self, x, context=None, mask=None):
-        """x (N, L, width), context (N, Lk, context_width), mask (N, Lk) -> (N, L, width)."""
-        k, v = self.to_kv(x if context is None else context).chunk(2, dim=-1)
-        out = attend(self.split(self.to_q(x)), self.split(k), self.split(v), mask)
-        return self.to_out(out.transpose(1, 2).flatten(2))
-
-
-class GEGLU(nn.Module):
-    def __init__(self, width, mult):
-        super().__init__()
-        self.up = Linear(width, 2 * mult * width)
-        self.down = Linear(mult * width, width)
-
-    def forward(self, x):
-        value, gate = self.up(x).chunk(2, dim=-1)
-        return self.down(value * F.gelu(gate))
-
-
 def sinusoid(positions, width):
     """Sines and cosines of positions (N,) -> (N, width), as in DDPM."""
     half = width // 2
@@ -180,12 +110,11 @@ def sinusoid(positions, width):
 class Clip:
     """What every layer of one forward pass shares: the sizes, the mask of real frames, time and text."""
 
-    def __init__(self, loss_mask, time, context, context_mask, given=None):
+    def __init__(self, loss_mask, time, context, context_mask):
         self.frames = loss_mask.shape[1]
         self.count = loss_mask.sum(1, keepdim=True)               # (B, 1) real frames
         self.padded = not (loss_mask.is_meta or bool(loss_mask.all()))  # nothing needs masking where no clip is padded
         self.real = loss_mask.bool()                              # (B, T)
-        self.given = given                                        # (B, T): the condition mask
         self.scale = loss_mask.flatten()[:, None, None, None]     # (B*T, 1, 1, 1)
         self.time = time                                          # (B, time width), after SiLU
         self.context, self.context_mask = context, context_mask   # (B, L, D), (B, L) or None
@@ -242,7 +171,14 @@ class TemporalConv(nn.Module):
 
 
 class STI(nn.Module):
-    """Spatial-temporal interaction (paper Fig. 1, Table 6): detail and semantic branches, fused by learned weights."""
+    """Spatial-temporal interaction (paper Fig. 1, Table 6) of x (B*T, C, h, w), a clip at a time:
+
+        detail      d = x + conv(conv(x)),  conv: GroupNorm, SiLU, depthwise (3, 1, 1) convolution
+        semantic    s = x + up(attention(down(GroupNorm(x)))),  one attention over the clip's T * h/2 * w/2 tokens
+        fusion      (a, b) = softmax(MLP([mean(d), mean(s)])),  means over the clip's real frames and cells; a + b = 1
+        output      y = GroupNorm(a d + b s)
+
+    down: 2 x 2 means; up: nearest. Both branches add nothing to x at first."""
 
     def __init__(self, width, c):
         super().__init__()
@@ -275,7 +211,7 @@ class STI(nn.Module):
         both = torch.cat([mean + self.pooled(detail, clip), mean + self.pooled(semantic, clip)], 1)  # (B, 2C)
         weights = self.fuse(both).softmax(-1)  # (B, 2)
         a, b = clip.per_frame(weights.to(x.dtype)[..., None]).unbind(1)
-        return self.norm_out(x + a * detail + b * semantic)  # a (x + detail) + b (x + semantic), as a + b = 1
+        return self.norm_out(x + a * detail + b * semantic)  # d = x + detail, s = x + semantic, a + b = 1
 
 
 class Conv3D(nn.Module):
@@ -361,15 +297,13 @@ class Layer(nn.Module):
         return self.temporal(self.spatial(x, clip), clip) if self.attend else x
 
 
-def fill_weights(cond_mask, count, fill):
+def fill_weights(cond_mask, count):
     """(B, T) condition mask, (B,) real frames -> (B, T, T): how much of each given frame every frame is filled with.
 
     Linear between the given frames around it, in a loop of the clip's real frames, as stickers are: a given frame is
     filled with itself. Rows of a clip without given frames are zero."""
     T, n = cond_mask.shape[1], count[:, None, None].long()
     places = torch.arange(T, device=n.device)
-    if fill == "nearest":
-        return F.one_hot(nearest_given(cond_mask), T) * cond_mask.amax(1)[:, None, None]
     back = (places[:, None] - places) % n + 2 * T * (cond_mask[:, None] == 0)    # (B, T, T) steps to each given one
     forth = (places - places[:, None]) % n + 2 * T * (cond_mask[:, None] == 0)
     (back, before), (forth, after) = back.min(2), forth.min(2)
@@ -403,6 +337,20 @@ class KnownEncoder(nn.Module):
         return known[:, :-1] + self.convs(known) + h
 
 
+class Stem(nn.Module):
+    """The UNet's first features: of noisy latents and, encoded, of the given frames'; a base takes the former alone."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.known = KnownEncoder(c.channels) if c.known else None
+        self.conv = nn.Conv2d((1 + c.known) * c.channels, c.widths[0], 3, padding=1)
+
+    def forward(self, z_t, known, cond_mask, clip):
+        """z_t and known (B, T, c, h, w), cond_mask (B, T) -> (B*T, C, h, w)."""
+        x = z_t.flatten(0, 1)
+        return self.conv(torch.cat([x, self.known(known, cond_mask, clip)], 1) if self.known else x)
+
+
 class DFGN(nn.Module):
     """Discrete Frame Generation Network (paper Fig. 1): a UNet over the latents of a clip.
 
@@ -416,11 +364,9 @@ class DFGN(nn.Module):
         self.config, self.checkpointing = c, checkpointing
         w, n = c.widths, len(c.widths)
         self.time_width = wide = 4 * w[0]
-        self.known = KnownEncoder(c.channels) if c.known else None
-        self.condition = None  # given frames' input of a base that is tuned (lib/peft.py)
+        self.stem = Stem(c)
         self.time = nn.Sequential(nn.Linear(w[0], wide), nn.SiLU(), nn.Linear(wide, wide))
         self.text_pool = nn.Linear(c.text_width, wide) if c.pool_text else None
-        self.stem = nn.Conv2d((1 + c.known) * c.channels, w[0], 3, padding=1)
         self.stem_temporal = TemporalTransformer(w[0], c.stem_heads, c.head_dim, c)
 
         def make(cin, cout, level):
@@ -462,12 +408,8 @@ class DFGN(nn.Module):
         return layer(x, clip)
 
     def forward(self, z_t, t, context, known, cond_mask, loss_mask, context_mask=None):
-        clip = Clip(loss_mask, self.embed_time(t, context, context_mask), context, context_mask, cond_mask)
-        x = z_t.flatten(0, 1)
-        x = self.stem(torch.cat([x, self.known(known, cond_mask, clip)], 1) if self.known else x)
-        if self.condition:
-            x = x + self.condition(known, cond_mask)
-        x = self.run(self.stem_temporal, x, clip)
+        clip = Clip(loss_mask, self.embed_time(t, context, context_mask), context, context_mask)
+        x = self.run(self.stem_temporal, self.stem(z_t, known, cond_mask, clip), clip)
         skips = [x]
         for level, layers in enumerate(self.down):
             for layer in layers:
@@ -484,48 +426,6 @@ class DFGN(nn.Module):
             if level < len(self.upsamplers):
                 x = self.upsamplers[level](x)
         return self.conv_out(F.silu(self.norm_out(x))).unflatten(0, (-1, clip.frames))
-
-
-# ---- text
-class TextEncoder(nn.Module):
-    """Small transformer on open_clip's tokens, trained with the DFGN: for machines without published weights.
-
-    vocabulary: the sorted tokens that have an embedding (data.vocabulary). Any other reads as "#", which word dropout
-    trains to stand for a word that is not told."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.register_buffer("vocabulary", torch.arange(c.vocab))
-        self.token = nn.Embedding(c.vocab, c.width)
-        self.position = nn.Parameter(torch.randn(c.length, c.width) * 0.02)
-        nn.init.normal_(self.token.weight, std=0.3)  # captions are told apart by their words from the first step
-        self.norms = nn.ModuleList(nn.LayerNorm(c.width) for _ in range(2 * c.layers))
-        self.attns = nn.ModuleList(Attention(c.width, max(c.width // 32, 1), 32) for _ in range(c.layers))
-        self.ffs = nn.ModuleList(GEGLU(c.width, 2) for _ in range(c.layers))
-        self.norm_out = nn.LayerNorm(c.width)
-
-    def rows(self, tokens):
-        """tokens -> rows of the embedding."""
-        rows, unknown = torch.searchsorted(self.vocabulary, torch.stack([tokens, torch.full_like(tokens, UNKNOWN)]))
-        rows = rows.clamp(max=len(self.vocabulary) - 1)
-        return torch.where(self.vocabulary[rows] == tokens, rows, unknown)
-
-    def knows(self, tokens):
-        """Which tokens have an embedding, bool of the same shape."""
-        return torch.isin(tokens, self.vocabulary)
-
-    def forward(self, tokens):
-        """tokens (B, L) int64 -> features (B, L', width) and mask (B, L'), cut to the longest caption.
-
-        A caption ends with its first END; 0 is padding behind it, and "!" before it."""
-        lengths = (tokens == END).int().argmax(1) + 1
-        tokens = tokens[:, : int(lengths.max())]
-        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        x = self.token(self.rows(tokens)) + self.position[: tokens.shape[1]]
-        for i, (attn, ff) in enumerate(zip(self.attns, self.ffs)):
-            x = x + attn(self.norms[2 * i](x), mask=mask)
-            x = x + ff(self.norms[2 * i + 1](x))
-        return self.norm_out(x), mask
 
 
 # ---- diffusion
@@ -600,12 +500,13 @@ class RDTF(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
-        self.text = TextEncoder(config.text) if config.text.kind == "small" else None
+        self.text = TextEncoder(config.text) if config.text.kind != "open_clip" else None
         self.dfgn = DFGN(config.dfgn)
         self.diffusion = Diffusion(config.diffusion)
 
     def encode_text(self, tokens):
-        """tokens (B, L) -> features (B, L', D), mask (B, L'). A frozen tower's features pass, with mask None."""
+        """tokens (B, L), or features (B, L, ...) of the frozen tower -> features (B, L', D), mask (B, L'). open_clip's
+        pass, with mask None."""
         return self.text(tokens) if self.text is not None else (tokens, None)
 
     def predict(self, z_t, t, context, context_mask, z_known, cond_mask, loss_mask):
@@ -618,7 +519,7 @@ class RDTF(nn.Module):
         given = cond_mask[:, :, None, None, None] > 0
         known, x_t, base = z_known.where(given, 0), z_t, torch.zeros_like(z_t)
         if self.config.dfgn.given == "difference":
-            weights = fill_weights(cond_mask, loss_mask.sum(1), "blend").to(known.dtype)
+            weights = fill_weights(cond_mask, loss_mask.sum(1)).to(known.dtype)
             known = torch.einsum("bts,bschw->btchw", weights, known)
             signal, sigma = self.diffusion.coefficients(t, z_t.dtype)
             base = sigma ** self.config.dfgn.fade * known
@@ -650,15 +551,12 @@ class RDTF(nn.Module):
 
 
 # ---- presets, files
-SD_VAE = VAEConfig(size=256, image_channels=3, patch=1, widths=(128, 256, 512, 512), layers=2, latent_channels=4,
-                   groups=32, shortcut=False, kl_weight=1e-6)
-
 TABLE6 = SamplingConfig(steps=50, eta=1.0, text_scale=7.5, given_text_scale=7.5, image_scale=7.5)
 
 PRESETS = {
     "tiny": Config(  # tests: seconds
         name="tiny", vae=VAEConfig(size=16, patch=2, widths=(8, 16, 16), latent_channels=16, groups=4),
-        text=TextConfig(width=16, layers=1),
+        text=TextConfig(kind="small", width=16, layers=1),
         dfgn=DFGNConfig(channels=16, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_head_dim=8),
         sampling=TABLE6),
     "mini": Config(),  # 2 CPU cores, 64 px
@@ -670,7 +568,7 @@ PRESETS = {
                         text_width=1024, groups=32, sti_heads=8, sti_head_dim=32, pool_text=False, given="zeros"),
         diffusion=DiffusionConfig(prediction="eps", terminal=0.0, max_weight=0.0), sampling=TABLE6),
 }
-# What the compared methods tune: 1.3 times the parameters of RDTF.
+# Larger networks of text to video alone, 1.3 times the parameters of RDTF, for others to tune (lib/peft.py).
 BASE = dict(temporal="none", known=False, given="difference")
 for name, of, changes in (("tiny-base", "tiny", {}), ("base", "mini", dict(widths=(112, 224), ff_mult=3)),
                           ("paper-base", "paper", dict(widths=(384, 768, 1280, 1280)))):
@@ -691,33 +589,9 @@ def preset(name, changes=()):
 
 
 def load_rdtf(path):
-    """(RDTF in eval mode, metadata) of a model.safetensors that train.py wrote. UserError for any other file.
-
-    An adapter's file names its base, which is loaded first. path: the file, or the run's folder."""
-    path = model_file(path)
-    if is_own(path, "adapter"):
-        return load_adapter(path, load_rdtf, peft.inject)
+    """(RDTF in eval mode, metadata) of a model.safetensors that train.py wrote, or of its run's folder. UserError for
+    any other."""
     return load_model(path, "dfgn", lambda config: RDTF(Config.from_dict(config)), "train one with `python train.py`")
-
-
-def load_vae(path):
-    """(VAE in eval mode, metadata) of a model.safetensors of the VAE stage, or of Stable Diffusion's weights.
-
-    Those, a VAE or a full checkpoint, are standardised by their scaling factor; metadata["any_size"] is then true.
-    metadata["latents"]: identity of the VAE whose encoder it has, by which a DFGN knows it; metadata["names"]: all that
-    a DFGN may have for it. UserError for others."""
-    path = model_file(path)
-    if not Path(path).is_file() or is_own(path):
-        net, metadata = load_model(path, "vae", lambda config: VAE(Config.from_dict(dict(vae=config["vae"])).vae),
-                                   "train one with `python train.py --stage vae`")
-        known = metadata.get("latents")          # of a decoder that was tuned behind another VAE's encoder
-        names = [known] if known else sorted(names_of(path))
-        return net, {"latents": known or identity(path), **metadata, "names": names}
-    weights, net = read_sd_vae(path), VAE(SD_VAE)
-    weights.update(latent_mean=net.latent_mean, latent_std=torch.full_like(net.latent_std, 1 / SD_SCALE))
-    found = file_hash(path)
-    metadata = dict(kind="vae", config=dict(vae=asdict(SD_VAE)), any_size=True, latents=found, names=[found])
-    return load_strict(net, weights, "--vae", path), metadata
 
 
 def count(module):
@@ -733,12 +607,6 @@ def main():
         print(f"{name}: DFGN {count(model.dfgn) / 1e6:.1f} M, text {text}, VAE {count(vae) / 1e6:.2f} M")
         for part, kind in kinds.items():
             print(f"    {part:9}{sum(count(m) for m in model.dfgn.modules() if isinstance(m, kind)) / 1e6:8.2f} M")
-        for method in peft.METHODS if not config.dfgn.known else ():
-            with torch.device("meta"):
-                tuned = RDTF(config)
-                peft.inject(tuned, method)
-            trained = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
-            print(f"    {method:21}{count(tuned.dfgn) / 1e6:8.2f} M, trained {trained / 1e6:.2f} M")
 
 
 if __name__ == "__main__":

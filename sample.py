@@ -9,7 +9,6 @@
 Given frames come back exactly (in .webp and .png, at the preset's size). Sample k depends on (--seed, k) alone, not on
 the batch size.
 """
-import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +19,15 @@ from tqdm import tqdm
 
 from data import TASKS, tokenize
 from lib import media
+from lib.autoencoder import load_vae
 from lib.cpu import keep_memory
 from lib.files import UserError, check_outputs, run_cli
-from lib.options import check_least, flag
+from lib.peft import load_tuned
+from lib.sample_options import parse_options
 from lib.towers import tower_for
 from lib.weights import find_file
-from model import END, load_rdtf, load_vae
+from lib.writing import LONGEST, check_duration, output_paths, write_stickers
+from model import load_rdtf
 
 SHIPPED = Path(__file__).parent / "checkpoints/mini.safetensors"
 SETTINGS = "steps", "eta", "text_scale", "image_scale"  # options; their defaults are the model's, see SamplingConfig
@@ -71,19 +73,16 @@ def ddim_step(diffusion, z_t, eps, t, t_next, eta, noise):
     return a_next ** 0.5 * z0 + max(1 - a_next - sigma ** 2, 0.0) ** 0.5 * eps + sigma * noise
 
 
-def ddim(net, tokens, known, cond_mask, rngs, steps, eta, text_scale, image_scale, tower=None):
+def ddim(net, text, empty, known, cond_mask, rngs, steps, eta, text_scale, image_scale):
     """Latents (B, T, c, h, w) from noise. known, cond_mask as in RDTF.eps; rngs: one numpy Generator a sample.
 
-    tower: the TextTower whose features the network was trained on."""
+    text, empty: the prompts and "", as RDTF.encode_text gives them, of one length; text None: nothing is said."""
     device, shape = known.device, tuple(known.shape[1:])
 
     def draw():
         return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in rngs])).to(device)
-    any_text = bool((tokens[:, 1] != END).any())  # more than start and end
-    terms = branches(text_scale, image_scale, any_text, bool(cond_mask.any()))
-    both = torch.cat([tokens, tokenize([""] * len(tokens))]).to(device)  # one call: one length
-    encoded = net.encode_text(tower(both) if tower else both)
-    text, empty = zip(*((None, None) if x is None else x.chunk(2) for x in encoded))
+    terms = branches(text_scale, image_scale, text is not None, bool(cond_mask.any()))
+    text = text or empty
     z, order = draw(), timesteps(net.config.diffusion.steps, steps)
     for t, t_next in zip(order, [*order[1:], -1]):
         at = torch.full((len(z),), int(t), device=device)
@@ -97,7 +96,7 @@ class Sampler:
 
     def __init__(self, model, vae=None, device=None, clip_weights=None):
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        net, self.meta = load_rdtf(model)
+        net, self.meta = load_tuned(model, load_rdtf)
         vae = vae or find_file(model, self.meta["vae_file"])
         if not vae:
             raise UserError(f"{model}: its VAE, {self.meta['vae_file']}, is not there; name it with --vae")
@@ -122,8 +121,19 @@ class Sampler:
 
     def tokens(self, prompts):
         """Tokens of prompts, or a tower's features of them, on the device: what RDTF.encode_text takes."""
-        tokens = tokenize(prompts).to(self.device)
-        return self.tower(tokens) if self.tower else tokens
+        if self.tower:
+            return self.tower(self.tower.read(prompts).to(self.device))
+        return tokenize(prompts).to(self.device)
+
+    def unknown(self, prompt):
+        """(words of a prompt that it was not taught to read, whether it reads any of them)."""
+        return (self.tower or self.net.text).unknown(prompt)
+
+    def read(self, prompts):
+        """(prompts, as many ""), each as RDTF.encode_text gives them; None for prompts that say nothing."""
+        encoded = self.net.encode_text(self.tokens([*prompts, *[""] * len(prompts)]))  # one call: one length
+        text, empty = zip(*((None, None) if x is None else x.chunk(2) for x in encoded))
+        return (text if any(prompts) else None), empty
 
     def known_latents(self, frames, mask):
         """Latents (B, T, c, h, w) of the given ones of frames (B, T, S, S, 4); zeros elsewhere."""
@@ -145,7 +155,7 @@ class Sampler:
         known = self.known_latents(frames, mask)
         rngs = [np.random.default_rng(s) for s in seeds]
         settings = self.settings(bool(mask.any()), **settings)
-        z = ddim(self.net, tokenize(prompts), known, mask.to(self.device), rngs, tower=self.tower, **settings)
+        z = ddim(self.net, *self.read(prompts), known, mask.to(self.device), rngs, **settings)
         out = media.to_rgba(self.vae.decode(z.flatten(0, 1)).unflatten(0, (B, self.T)))
         if mask.any():
             given = mask.numpy() > 0
@@ -153,21 +163,10 @@ class Sampler:
         return out
 
 
-def unknown_words(net, prompt):
-    """The words of a prompt that a text encoder was not trained on, and whether it knows any piece of one. A frozen
-    tower knows all."""
-    def known(text):
-        tokens = tokenize([text])[0]
-        return net.text.knows(tokens[1:int((tokens == END).int().argmax())])
-    if net.text is None or not prompt:
-        return [], True
-    return [word for word in prompt.split() if not known(word).all()], bool(known(prompt).any())
-
-
-def report_unknown(net, prompts, alone):
+def report_unknown(sampler, prompts, alone):
     """Say which words of the prompts the network does not know. UserError: none of any prompt's, where text is given
     alone."""
-    found = {prompt: unknown_words(net, prompt) for prompt in prompts}
+    found = {prompt: sampler.unknown(prompt) for prompt in prompts}
     for prompt, (words, some) in found.items():
         if words:
             print(f"--prompt \"{prompt}\": the network knows {'nothing of ' if some else 'none of its words: '}"
@@ -215,80 +214,15 @@ def read_given(args, sampler):
     frames, durations = media.read_animation(args.image if task in ("i2v", "it2v") else args.frames)
     *placed, stride = place_frames(media.square(frames, sampler.size), task, sampler.T)
     if args.duration is None and args.frames and len(frames) > 1:
-        args.duration = max(1, min(round(stride * sum(durations) / len(frames)), min(media.LONGEST.values())))
+        args.duration = max(1, min(round(stride * sum(durations) / len(frames)), min(LONGEST.values())))
     return task, *placed
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", nargs="+", default=[], help="captions, one or more stickers each")
-    parser.add_argument("--image", help="first frame (it2v with --prompt, i2v without)")
-    parser.add_argument("--frames", help="animation whose frames are given")
-    parser.add_argument("--task", choices=TASKS, help="default: it2v, i2v with --image, interpolation with --frames")
-    parser.add_argument("--model", help="model.safetensors of a run; default: the one in checkpoints/")
-    parser.add_argument("--vae", help="default: the file that the model was trained with")
-    parser.add_argument("--clip-weights", help="open_clip weights of the text tower; default: the training's")
-    parser.add_argument("--num", type=int, default=1, help="stickers per prompt")
-    parser.add_argument("--batch", type=int, default=8, help="stickers made at once; changes speed and memory alone")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="DDIM steps; this and the next three are the model's by default "
-                        "(paper 50; mini 10)")
-    parser.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1 (paper 1; mini 0)")
-    parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 3, 1 where frames are given)")
-    parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 2)")
-    parser.add_argument("--duration", type=int, help="milliseconds a frame; default: as in --frames, or else 125")
-    parser.add_argument("--out", help="file (.webp, .gif, .png) or folder to write; default: PROMPT.webp")
-    parser.add_argument("--sheet", help="PNG contact sheet of all stickers")
-    parser.add_argument("--for", dest="platform", choices=sorted(media.PLATFORMS), help="obey a platform's limits")
-    return parser.parse_args(argv)
-
-
-def check(args):
-    if any(not p.strip() for p in args.prompt):
-        raise UserError("--prompt: empty; describe a sticker, or leave the option out where frames are given")
-    if not args.prompt and not (args.image or args.frames or args.task not in (None, "t2v")):
-        raise UserError("--prompt: say what to draw, as in --prompt \"rocket\"")
-    if args.image and args.frames:
-        raise UserError("--image and --frames: give one of them")
-    if args.task == "t2v" and (args.image or args.frames):
-        raise UserError("--task t2v takes no --image and no --frames")
-    needed = {None: None, "t2v": None, "i2v": "image", "it2v": "image"}.get(args.task, "frames")
-    if needed and not getattr(args, needed):
-        raise UserError(f"--task {args.task} needs --{needed}")
-    for name in ("text_scale", "image_scale"):
-        if not abs(getattr(args, name) or 0) < 1000:
-            raise UserError(f"{flag(name)} {getattr(args, name)}: choose a number such as 3")
-    check_least(args, num=1, batch=1, duration=1, steps=1, seed=0)
-    media.check_sheet(args.sheet)
-
-
-def write(clip, path, args):
-    if args.platform:
-        content, summary = media.encode_for(clip, args.duration, args.platform)
-        media.write_bytes(path, content)
-        print(f"{path}: {summary}")
-    else:
-        media.write_animation(path, clip, [args.duration] * len(clip))
-        print(path)
-
-
-def write_all(clips, paths, args):
-    """Write what was made; -> the errors of what could not be, which do not take the others."""
-    failed = []
-    for clip, path in zip(clips, paths):
-        try:
-            write(clip, path, args)
-        except (UserError, OSError) as error:
-            failed.append(f"{path}: {error}" if str(path) not in str(error) else str(error))
-    return failed
-
-
 def main(argv=None):
-    args = parse(argv)
-    check(args)
+    args = parse_options(__doc__, TASKS, argv)
     names = args.prompt or [Path(args.image or args.frames).stem + " sticker"]
-    paths = media.output_paths(args.out, [name for name in names for _ in range(args.num)], args.platform)
-    media.check_duration(None if args.platform else args.duration, paths[0])
+    paths = output_paths(args.out, [name for name in names for _ in range(args.num)], args.platform)
+    check_duration(None if args.platform else args.duration, paths[0])
     given = [(f"--{name}", getattr(args, name)) for name in ("image", "frames", "model", "vae")]
     check_outputs([*(("--out", path) for path in paths), ("--sheet", args.sheet)], given)
     keep_memory()
@@ -296,7 +230,7 @@ def main(argv=None):
         print(f"model: {SHIPPED.name} of checkpoints/, trained as checkpoints/README.md says (--model names another)")
     sampler = Sampler(args.model or SHIPPED, args.vae, clip_weights=args.clip_weights)
     task, frames, mask = read_given(args, sampler)
-    report_unknown(sampler.net, args.prompt, frames is None)
+    report_unknown(sampler, args.prompt, frames is None)
     args.duration = args.duration or 125
     prompts = ["" if task == "i2v" else p for p in args.prompt or [""] for _ in range(args.num)]
     settings = sampler.settings(mask is not None, **{name: getattr(args, name) for name in SETTINGS})
@@ -306,7 +240,7 @@ def main(argv=None):
         part = range(i, min(i + args.batch, len(prompts)))
         given = {} if frames is None else dict(frames=[frames] * len(part), cond_mask=[mask] * len(part))
         clips += list(sampler.sample([prompts[k] for k in part], [(args.seed, k) for k in part], **given, **settings))
-        failed += write_all(clips[i:], paths[i:], args)
+        failed += write_stickers(clips[i:], paths[i:], args.duration, args.platform)
     if args.sheet:
         marks = None if mask is None else [mask > 0] * len(clips)
         media.contact_sheet(clips, args.sheet, labels=prompts, marks=marks)

@@ -1,13 +1,45 @@
-"""The VAE: latent diffusion's AutoencoderKL, named so that Stable Diffusion's weights load as they are.
+"""The VAE: latent diffusion's AutoencoderKL, named so that Stable Diffusion's weights load as they are."""
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-`c` is a model.VAEConfig: widths, layers, groups, patch, image_channels, latent_channels, shortcut, kl_weight."""
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.cpu import attend
+from lib.files import file_hash
 from lib.media import to_tensor
+from lib.options import dataclass_from_dict
+from lib.weights import SD_SCALE, identity, is_own, load_model, load_strict, model_file, names_of, read_sd_vae
+
+
+@dataclass
+class VAEConfig:
+    size: int = 64                        # pixels a side that the preset trains at
+    image_channels: int = 4               # premultiplied RGBA in [-1, 1]; 3 for Stable Diffusion's weights
+    patch: int = 4                        # pixels folded into channels before the first convolution; 1: none
+    widths: tuple = (32, 64)              # channels a level; f = patch * 2 ** (levels - 1)
+    layers: int = 1                       # residual blocks a level (the decoder has one more)
+    latent_channels: int = 48
+    groups: int = 16                      # groups of GroupNorm
+    shortcut: bool = True                 # linear path beside encoder and decoder, starts as PCA; SD has none
+    kl_weight: float = 1e-7
+    latent_noise: float = 0.0             # training: scale of the noise that the decoder learns to see through
+
+    @property
+    def factor(self):
+        """Pixels a side of a latent cell."""
+        return self.patch * 2 ** (len(self.widths) - 1)
+
+    @property
+    def side(self):
+        """Cells a side of the latents."""
+        return self.size // self.factor
+
+
+SD_VAE = VAEConfig(size=256, image_channels=3, patch=1, widths=(128, 256, 512, 512), layers=2, latent_channels=4,
+                   groups=32, shortcut=False, kl_weight=1e-6)
 
 
 class VAEResnet(nn.Module):
@@ -237,3 +269,24 @@ def held_out_psnr(vae, stickers, n=256, batch=32):
     error = 1.96 * np.std(values) / len(values) ** 0.5
     line = f"VAE: held-out PSNR on white {np.mean(values):.2f} dB (n = {len(values)}, 95 % +- {error:.2f})"
     return dict(psnr=float(np.mean(values))), line
+
+
+def load_vae(path):
+    """(VAE in eval mode, metadata) of a model.safetensors of the VAE stage, or of Stable Diffusion's weights.
+
+    Those, a VAE or a full checkpoint, are standardised by their scaling factor; metadata["any_size"] is then true.
+    metadata["latents"]: identity of the VAE whose encoder it has, by which a DFGN knows it; metadata["names"]: all that
+    a DFGN may have for it. UserError for others."""
+    path = model_file(path)
+    if not Path(path).is_file() or is_own(path):
+        def build(config):
+            return VAE(dataclass_from_dict(VAEConfig, config["vae"], "vae"))
+        net, metadata = load_model(path, "vae", build, "train one with `python train.py --stage vae`")
+        known = metadata.get("latents")          # of a decoder that was tuned behind another VAE's encoder
+        names = [known] if known else sorted(names_of(path))
+        return net, {"latents": known or identity(path), **metadata, "names": names}
+    weights, net = read_sd_vae(path), VAE(SD_VAE)
+    weights.update(latent_mean=net.latent_mean, latent_std=torch.full_like(net.latent_std, 1 / SD_SCALE))
+    found = file_hash(path)
+    metadata = dict(kind="vae", config=dict(vae=asdict(SD_VAE)), any_size=True, latents=found, names=[found])
+    return load_strict(net, weights, "--vae", path), metadata

@@ -48,6 +48,11 @@ class CLIPExtractor:
         vectors = self.net.encode_image(x.to(self.device), normalize=True)
         return vectors.float().cpu().numpy().reshape(len(clips), -1)
 
+    def scores(self, vectors, captions, task, **_):
+        """{metric: (N,)} of vectors (N, T * dim) and their captions."""
+        text = self.texts(captions)
+        return clip_scores(text, vectors.reshape(len(text), self.T, -1), first_given=task in ("i2v", "it2v"))
+
     @torch.no_grad()
     def texts(self, captions):
         """List of N captions -> (N, dim) float32."""

@@ -49,6 +49,11 @@ def gather(values, world):
     return torch.cat(parts)
 
 
+def on_rank_0(work, rank, world):
+    """work() on rank 0, which the others wait for; where it fails all end."""
+    on_all_ranks(lambda: work() if rank == 0 else None, world)
+
+
 def on_all_ranks(work, world):
     """work() on every rank. Where it fails on one, all end: in the next step the others would wait for it."""
     error = None

@@ -250,6 +250,11 @@ class DOVERExtractor:
         done = dover_frames(np.zeros((T, size, size, 3), np.uint8))[1]
         return f"VQA: DOVER, {self.file} (SHA-256 {self.key['dover'][:12]}), seed {self.seed}, {done}"
 
+    def scores(self, raw, **_):
+        """{metric: (N,)} of raw scores (N, 2)."""
+        fused = dover_fuse(*raw.astype(float).T)
+        return {f"VQA {name}".replace(" overall", ""): values for name, values in fused.items()}
+
     @torch.inference_mode()
     def __call__(self, clips):
         """uint8 (N, T, H, W, 3) on white -> (N, 2) float32."""

@@ -171,6 +171,10 @@ class I3DExtractor:
         self.key = dict(i3d=file_hash(file), eps=eps or 1e-3, how=frames)
         self.batch = 4 if str(device) == "cpu" else 16
 
+    def scores(self, features, **_):
+        """No number of a single clip: distances are of sets."""
+        return {}
+
     def describe(self, T, size):
         frames = f"{T} -> 16 {self.frames}" if T < 16 else f"the first 16 of {T} frames" if T > 16 else "16 frames"
         kind = "TorchScript" if self.script else f"batch norm eps {self.key['eps']:g}"

@@ -95,7 +95,7 @@ class JudgeExtractor:
     def knows(self, concepts):
         return bool(set(self.net.concepts) & set(concepts))
 
-    def scores(self, embeddings, concepts):
+    def scores(self, embeddings, concepts, **_):
         """{metric: (n,)}: 1 where a clip is recognised, among all concepts and among those that are asked for; of the n
         clips whose concept the judge has."""
         asked = sorted(set(self.net.concepts) & set(concepts))

@@ -1,4 +1,5 @@
 """What a training loop needs whatever it trains: signals, loaders, precision, optimiser, EMA, log window, state."""
+import contextlib
 import math
 import multiprocessing
 import os
@@ -115,7 +116,7 @@ def pick_precision(asked, net, stage):
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     choice = ["float32"]
     if stage.rank == 0:
-        _, batch, _ = next(stage.batches(0))
+        batch, _ = next(stage.batches(0))
         part, seconds = micro_batches(batch, stage.config.accumulate)[0], {}
         threads = torch.get_num_threads()
         torch.set_num_threads(1)                 # several would spend processor time waiting for each other
@@ -169,23 +170,23 @@ def complete_state(optimizer):
         torch.cuda.synchronize()
 
 
-def check_finite(stage, run, step, table, norm, tasks):
+def check_finite(stage, run, step, losses, tags, norm, tasks):
     """Stop all ranks at a loss or gradient that is not finite; rank 0 names the samples. The last checkpoint stays.
 
-    table: a row a sample, of loss, number of the task (in `tasks`), timestep, number of the sticker."""
-    bad = table[~np.isfinite(table[:, 0])]
+    losses (B,), tags (B, 4) as a stage's batches have them; tasks: names of the tasks."""
+    bad = tags[~np.isfinite(losses)]
     if not len(bad) and math.isfinite(norm):
         return
-    what, samples = ("loss", bad) if len(bad) else ("gradient", table)
+    what, samples = ("loss", bad) if len(bad) else ("gradient", tags)
     records, named = stage.stickers.records, []
-    for task, t, i in samples[:3, 1:4].astype(int):
+    for task, t, i, _ in samples[:3]:
         condition = f", {tasks[task]} at timestep {t}" if stage.curriculum else ""
         named.append(f"line {records.rows[i] + 1}, {records[i].get('caption', '')!r}{condition}")
     last = f"the last checkpoint is {run / 'state.pt'}" if states(run) else "no checkpoint was saved yet"
 
     def stop():
         if stage.rank == 0:
-            raise UserError(f"{run}: {what} is not finite at step {step} ({len(bad)} of {len(table)} losses; "
+            raise UserError(f"{run}: {what} is not finite at step {step} ({len(bad)} of {len(losses)} losses; "
                             f"{records.path}: {'; '.join(named)}); {last}; lower --lr in another --out or look at them")
     on_all_ranks(stop, stage.world)
 
@@ -236,6 +237,13 @@ class Window:
     def means(self, prefix):
         found = {k[len(prefix):]: s / n for k, (s, n) in sorted(self.sums.items()) if k.startswith(prefix)}
         return {k: float(f"{mean:.7g}") for k, mean in found.items()}
+
+    @contextlib.contextmanager
+    def pause(self):
+        """What is done inside is no training: its seconds are counted by themselves."""
+        began = time.perf_counter()
+        yield
+        self.saving += time.perf_counter() - began
 
     def rates(self, device, world):
         """Samples a second without the time of saving, CPU seconds of all ranks, seconds of saving, memory at most

@@ -1,4 +1,4 @@
-"""Reading and writing GIF, WebP and APNG; contact sheets, files as platforms accept them, frames as tensors.
+"""Reading and writing GIF, WebP and APNG as browsers show them; contact sheets, frames as tensors.
 
 Frames are (n, H, W, 4) uint8, straight (not premultiplied) RGBA; durations are milliseconds, one a frame.
 """
@@ -6,19 +6,17 @@ import contextlib
 import io
 import itertools
 import os
-import re
 import stat
 import struct
 import warnings
-from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from lib import animation
+from lib.colours import SIDEWAYS, colour_change, orientation
 from lib.files import UserError, write_bytes
 
 FORMATS = {".gif": "GIF", ".png": "PNG", ".apng": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG",
@@ -28,23 +26,7 @@ MAX_FRAMES = 24                                  # kept of a long clip in a prep
 MAX_SIDE, MAX_DECODED, MAX_PIXELS = 4096, 2000, 2.5e8    # of a canvas, frames of a file, pixels of all of them
 MAX_BYTES = 2**26                                # of a file: the largest canvas, uncompressed
 MAX_SCANS = 500                                  # of a progressive JPEG: each goes over the whole picture
-LONGEST = {".gif": 655_350, ".webp": 2**24 - 1, ".png": 65_535, ".apng": 65_535}     # milliseconds of a frame, at most
 
-
-class Platform(NamedTuple):
-    """What a platform takes: file type, pixels a side, bytes, seconds, milliseconds a frame, frames."""
-    suffix: str
-    side: int
-    most_bytes: int
-    most_seconds: float
-    least_ms: int = 1
-    least_frames: int = 1
-
-
-PLATFORMS = {
-    "whatsapp": Platform(".webp", 512, 450_000, 10, 8, 2),       # WhatsApp/stickers: below 500 kB, several frames
-    "signal": Platform(".png", 512, 300_000, 3),                 # Signal's help on sticker packs: APNG
-    "discord": Platform(".png", 320, 512_000, 5)}                # Discord's help on stickers: APNG
 
 Image.MAX_IMAGE_PIXELS = MAX_SIDE**2 // 2        # Pillow refuses twice as many, also in later frames of a GIF
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)          # check_canvas refuses them
@@ -130,52 +112,6 @@ def webp_durations(content):
             found.append(int.from_bytes(content[at + 20:at + 23], "little"))
         at += 8 + size + size % 2
     return found
-
-
-ORIENTATIONS = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270",
-                7: "TRANSVERSE", 8: "ROTATE_90"}         # of EXIF, as Pillow calls what undoes them
-ORIENTATIONS = {number: Image.Transpose[name] for number, name in ORIENTATIONS.items()}
-SIDEWAYS = {ORIENTATIONS[number] for number in (5, 6, 7, 8)}
-
-
-def orientation(exif):
-    """What turns a picture upright, by the EXIF data of a PNG; None where nothing does."""
-    found = Image.Exif()
-    with contextlib.suppress(Exception):         # damaged data may raise nearly anything
-        found.load(b"Exif\0\0" + exif)
-        return ORIENTATIONS.get(found.get(ExifTags.Base.Orientation))
-
-
-def colour_change(icc, gamma=0.0):
-    """A function from an image to one in sRGB: of a colour profile, or of samples that were encoded with an exponent.
-
-    Where neither says anything, or a profile is damaged, images stay as they are; so they do, in browsers, at an
-    exponent of 1 / 2.2, which is nearly sRGB's."""
-    if not icc and (gamma <= 0 or abs(gamma - 1 / 2.2) < 0.005):
-        return lambda image: image
-    if not icc:
-        linear = (np.arange(256) / 255) ** (1 / gamma)
-        table = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
-        table = [round(255 * min(float(v), 1.0)) for v in table]
-        return lambda image: image.convert("RGBA").point(table * 3 + list(range(256)))
-    try:
-        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
-        mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]
-        change = ImageCms.buildTransform(profile, SRGB, mode, "RGB")
-    except (ImageCms.PyCMSError, OSError, KeyError, ValueError, TypeError):
-        return lambda image: image
-
-    def changed(image):
-        if (image.mode == "CMYK") != (mode == "CMYK"):                       # a profile of another picture
-            return image
-        rgba = image.convert("RGBA")
-        out = ImageCms.applyTransform(image.convert(mode), change)
-        out.putalpha(rgba.getchannel("A"))
-        return out
-    return changed
-
-
-SRGB = ImageCms.createProfile("sRGB")
 
 
 def open_frames(content, name):
@@ -300,91 +236,6 @@ def write_animation(path, frames, durations):
         options = dict(lossless=True, quality=80, exact=True) if kind == "WEBP" else {}
         content = save([Image.fromarray(f) for f in frames], kind, durations, **options)
     write_bytes(path, content)
-
-
-PNG_LEVELS = ((1, 256), (1, 128), (2, 256), (2, 128), (2, 64), (4, 128), (4, 64), (4, 32), (4, 8))  # block, colours
-
-
-def few_colours(images, size, block, colours):
-    """Premultiplied images -> RGBA ones of `size`: one palette for all, 16 degrees of alpha, blocks of equal pixels.
-
-    An octree of RGBA, as Pillow has it, tore holes and made faint pixels opaque; the frames of 64 px that are enlarged
-    here lose less by blocks than by colours."""
-    small = [im.resize((size[0] // block, size[1] // block), Image.Resampling.BICUBIC) for im in images]
-    x = np.stack([np.asarray(im.convert("RGBA")) for im in small])
-    alpha = (np.round(x[..., 3:] / 17) * 17).astype(np.uint8)
-    shown = x[alpha[..., 0] > 0][:, :3]
-    palette = Image.fromarray(shown[None] if len(shown) else x[:1, 0, :, :3]).quantize(colours)      # median cut
-    found = []
-    for frame, a in zip(x, alpha):
-        rgb = Image.fromarray(np.ascontiguousarray(frame[..., :3])).quantize(palette=palette, dither=Image.Dither.NONE)
-        rgba = np.concatenate([np.asarray(rgb.convert("RGB")) * (a > 0), a], -1)
-        found.append(Image.fromarray(rgba).resize(size, Image.Resampling.NEAREST))
-    return found
-
-
-def encode_for(frames, duration, platform):
-    """Frames (T, S, S, 4) of `duration` ms each -> the bytes that a platform accepts, a sentence on what was done.
-
-    Quality (WebP), or size of blocks and number of colours (APNG), change until the limit is met. UserError: it never
-    is, or what was written breaks another rule when it is read again."""
-    rules = PLATFORMS[platform]
-    duration = max(rules.least_ms, min(duration, int(1000 * rules.most_seconds / len(frames))))
-    size, webp = (rules.side, rules.side), rules.suffix == ".webp"
-    images = [Image.fromarray(f).convert("RGBa") for f in frames]
-    large = [im.resize(size, Image.Resampling.BICUBIC).convert("RGBA") for im in images]
-    for level in (95, 85, 75, 60, 45, 30, 15, 5) if webp else PNG_LEVELS:
-        if webp:
-            content = save(large, "WEBP", duration, quality=level, alpha_quality=100 if level > 45 else level)
-            what = f"quality {level}"
-        else:                                    # stored without a palette
-            content = save(few_colours(images, size, *level), "PNG", duration, disposal=0, blend=0)
-            what = f"{level[1]} colours in blocks of {level[0]} px"
-        if len(content) <= rules.most_bytes:
-            total = check_finished(content, platform)
-            return content, (f"{platform}: {rules.suffix[1:]}, {rules.side}x{rules.side}, {what}, "
-                             f"{len(content) / 1000:.0f} of {rules.most_bytes / 1000:.0f} kB, {total / 1000:.1f} s")
-    raise UserError(f"--for {platform}: the clip does not fit {rules.most_bytes // 1000} kB at any quality")
-
-
-def check_finished(content, platform):
-    """Milliseconds of a file in all. UserError: read again, it breaks a rule of the platform."""
-    rules, (frames, durations) = PLATFORMS[platform], read_animation(content)
-    if len(frames) < rules.least_frames:
-        raise UserError(f"--for {platform}: it takes animations, and this clip stands still; make another (--seed)")
-    if len(frames) > 1 and (sum(durations) > 1000 * rules.most_seconds or min(durations) < rules.least_ms):
-        raise UserError(f"--for {platform}: {len(frames)} frames of {min(durations)} ms and more, {sum(durations)} ms "
-                        f"in all; at least {rules.least_ms} ms and at most {rules.most_seconds} s are taken")
-    return sum(durations)
-
-
-def slug(name):
-    """A caption as the name of a file: "Red heart" -> "red-heart"."""
-    return re.sub(r"[^\w]+", "-", name.lower()).strip("-")[:60] or "sticker"
-
-
-def output_paths(out, names, platform=None):
-    """A path for each sticker, in a folder or as `out` says: NAME, then NAME-2, NAME-3 where a name comes again."""
-    path = Path(out or "")
-    folder = path if not path.suffix or path.is_dir() or out.endswith(("/", os.sep)) else None
-    suffix = PLATFORMS[platform].suffix if platform else ".webp" if folder else path.suffix
-    if suffix.lower() not in LONGEST:
-        raise UserError(f"--out {out}: write .webp, .gif or .png")
-    if not folder and path.suffix != suffix:
-        raise UserError(f"--out {out}: {platform} takes {suffix}")
-    paths, numbers = {}, defaultdict(lambda: itertools.count(1))             # paths: a set in order
-    for name in names:
-        stem = folder / slug(name) if folder else path.with_suffix("")
-        numbered = (Path(f"{stem}-{i}{suffix}" if i > 1 else f"{stem}{suffix}") for i in numbers[stem])
-        paths[next(path for path in numbered if path not in paths)] = None
-    return list(paths)
-
-
-def check_duration(duration, path):
-    """UserError for milliseconds of a frame that a file of this name cannot hold; None passes."""
-    longest = LONGEST[Path(path).suffix.lower()]
-    if duration is not None and duration > longest:
-        raise UserError(f"--duration {duration}: a frame of a {Path(path).suffix} file lasts at most {longest} ms")
 
 
 def check_sheet(path):

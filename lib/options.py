@@ -107,8 +107,8 @@ def check_config(config):
     vae, text, dfgn = config.vae, config.text, config.dfgn
     if dfgn.given not in ("difference", "zeros"):
         raise ValueError(f"dfgn.given {dfgn.given!r} is unknown: difference or zeros")
-    if text.kind not in ("small", "open_clip"):
-        raise ValueError(f"text.kind {text.kind!r} is unknown: small or open_clip")
+    if text.kind not in ("small", "minilm", "open_clip"):
+        raise ValueError(f"text.kind {text.kind!r} is unknown: small, minilm or open_clip")
     for ours, a, theirs, b in (("vae.latent_channels", vae.latent_channels, "dfgn.channels", dfgn.channels),
                                ("text.width", text.width, "dfgn.text_width", dfgn.text_width)):
         if a != b:

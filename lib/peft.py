@@ -12,38 +12,40 @@ called after the base's weights are loaded and before optimiser and averages are
     customize_a_video_st  the same, the first stage's is kept
 
 Given frames enter as everywhere (model.RDTF.predict), and what they are filled to through a convolution beside the
-stem that starts at zero.
+base's stem that starts at zero. Modules of the base are replaced by others that hold them; model.py knows of none.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.cpu import Linear, attend
+from lib.files import UserError, first_line
+from lib.layers import nearest_given, zero_
+from lib.weights import find_file, is_own, load_strict, model_file, names_of, read_own
 
 METHODS = ("full", "i2v_adapter", "simda", "appearance_lora", "customize_a_video", "customize_a_video_st")
 ON_STILLS = ("appearance_lora",)          # trained on single frames alone
 ON_CLIPS = ("customize_a_video", "customize_a_video_st")  # on clips alone: attention over one frame has no gradient
 
 
-def zero_(module):
-    """Zero a layer's parameters: the residual branch it ends starts as nothing."""
-    for p in module.parameters():
-        nn.init.zeros_(p)
-    return module
-
-
 # ---- given frames
-class Condition(nn.Module):
-    """What frames are filled with and the mask of given ones -> what is added behind the stem; zero at first."""
+class ConditionedStem(nn.Module):
+    """A base's stem, to which is added what frames are filled with and the mask of given ones; nothing at first."""
 
-    def __init__(self, channels, width):
+    def __init__(self, base):
         super().__init__()
-        self.conv = zero_(nn.Conv2d(channels + 1, width, 3, padding=1))
+        self.base, self.cond_mask = base, None
+        self.condition = zero_(nn.Conv2d(base.conv.in_channels + 1, base.conv.out_channels, 3, padding=1))
 
-    def forward(self, known, cond_mask):
-        """known (B, T, c, h, w), cond_mask (B, T) -> (B*T, width, h, w)."""
+    def forward(self, z_t, known, cond_mask, clip):
+        """Arguments and shapes as of model.Stem; the mask is kept for those who ask for it behind the stem."""
+        self.cond_mask = cond_mask
         given = cond_mask[:, :, None, None, None].expand(-1, -1, 1, *known.shape[3:])
-        return self.conv(torch.cat([known, given], 2).flatten(0, 1))
+        return self.base(z_t, known, cond_mask, clip) + self.condition(torch.cat([known, given], 2).flatten(0, 1))
+
+    def given(self):
+        """The condition mask (B, T) of the pass that is under way."""
+        return self.cond_mask
 
 
 class Skip(nn.Module):
@@ -54,16 +56,12 @@ class Skip(nn.Module):
 
 
 # ---- I2V-Adapter
-def nearest_given(cond_mask):
-    """(..., T) mask -> (..., T) number of each frame's nearest given frame (ties: the earlier), or its own."""
-    places = torch.arange(cond_mask.shape[-1], device=cond_mask.device)
-    distance = (places[:, None] - places).abs() + len(places) * (cond_mask[..., None, :] == 0)    # (..., T, T)
-    return distance.argmin(-1)
-
-
 class CrossFrame(nn.Module):
     """A spatial transformer whose self-attention has a second branch: own queries, the frozen keys and values of the
-    nearest given frame, own output, which starts at zero. Without given frames the branch is off."""
+    nearest given frame, own output, which starts at zero. Without given frames the branch is off.
+
+    given() -> (B, T) condition mask; inject sets it."""
+    given = None
 
     def __init__(self, base):
         super().__init__()
@@ -74,11 +72,12 @@ class CrossFrame(nn.Module):
 
     def branch(self, h, clip):
         """h (B*T, cells, C), normalised -> the same shape."""
-        attn, (B, T) = self.base.attn, clip.given.shape
-        rows = nearest_given(clip.given) + T * torch.arange(B, device=h.device)[:, None]
+        attn, given = self.base.attn, self.given()
+        B, T = given.shape
+        rows = nearest_given(given) + T * torch.arange(B, device=h.device)[:, None]
         k, v = attn.to_kv(h[rows.flatten()]).chunk(2, -1)
         out = attend(*(attn.split(x) for x in (self.to_q(h), k, v)))
-        on = clip.given.amax(1).repeat_interleave(T)[:, None, None]
+        on = given.amax(1).repeat_interleave(T)[:, None, None]
         return self.to_out(out.transpose(1, 2).flatten(2)) * on.to(h.dtype)
 
     def forward(self, x, clip):
@@ -225,5 +224,28 @@ def inject(net, method, rank=16, absorber=None):
             p.requires_grad_(False)
     ATTACH[method](net.dfgn, rank)
     if method != "appearance_lora":
-        net.dfgn.condition = Condition(c.channels, c.widths[0])
+        net.dfgn.stem = ConditionedStem(net.dfgn.stem)
+        for layer in layers(net.dfgn)[1]:
+            layer.spatial.given = net.dfgn.stem.given
     net.adapter = [name for name in added() if method != "customize_a_video" or name not in first]
+
+
+def load_tuned(path, load_rdtf):
+    """What load_rdtf gives of a model, (network in eval mode and frozen, metadata), also of an adapter: the base that
+    its file names is loaded first. UserError: that is gone or another one."""
+    path = model_file(path)
+    if not is_own(path, "adapter"):
+        return load_rdtf(path)
+    metadata, weights = read_own(path, "adapter", "")
+    base = find_file(path, metadata["base_file"])
+    if not base:
+        raise UserError(f"{path}: tunes {metadata['base_file']}, which is not there; put the base at that place")
+    if metadata["base"] not in names_of(base):
+        raise UserError(f"{path}: tunes another base than {base}, which has changed")
+    net, of_base = load_rdtf(base)
+    try:
+        inject(net, metadata["method"], metadata["rank"])
+    except (ValueError, LookupError) as error:
+        raise UserError(f"{path}: does not fit {base} ({first_line(error)})") from None
+    frozen = {k: w for k, w in net.state_dict().items() if k not in net.adapter}
+    return load_strict(net, {**frozen, **weights}, "", path), {**of_base, **metadata}

@@ -5,6 +5,7 @@ those of a manifest or folder also have keep (frame numbers) and root (the folde
 those of emoji stills style, split and perhaps motion. Labels and keywords of emoji: emojibase-data (MIT).
 """
 import codecs
+import functools
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lib.files import UserError, file_hash, numbered_lines, parse_line, read_jsonl
+from lib.files import UserError, file_hash, json_hash, numbered_lines, parse_line, read_jsonl
 from lib.media import FORMATS, MAX_BYTES, MAX_FRAMES
 from lib.towers import LENGTH, clip_tokenizer
 
@@ -402,3 +403,29 @@ def synthetic_job(plan):
     caption = f"a {colour} {shape}" + (f" that {motion}" if motion else "")
     return dict(file=f"synthetic-{i:05}", source=(frames, [80 if n > 1 else 100] * n), caption=caption,
                 keywords=[shape, colour], concept=caption, group=shape)
+
+
+# ---- the command line of data.py
+def source_of(o):
+    """Options -> arguments of `prepare`: the source's name, its jobs, and total and read where they are known."""
+    if o.command == "fluent":
+        parts = sorted(set(o.parts))
+        return (f"fluent {' '.join(map(str, parts))}", lambda: fluent_jobs(parts, Path(o.out).parent / "npm"),
+                dict(licences=[LICENCES["fluent"]]))
+    if o.command == "emoji":
+        styles = [style for style in STILLS if style in o.styles]
+        jobs = functools.partial(emoji_jobs, o.hold_out, Path(o.out).parent / "npm", o.moving, styles)
+        some = " " + " ".join(styles) if len(styles) < len(STILLS) else ""
+        name = f"emoji{some}, held out: {o.hold_out}" + (", moving" if o.moving else "")
+        return name, jobs, dict(licences=[LICENCES[style] for style in styles])
+    if o.command == "synthetic":
+        return f"synthetic {o.n}", lambda: synthetic_plans(o.n), dict(total=o.n, read=synthetic_job)
+    outside = ", files outside too" if o.allow_outside else ""
+    if o.command == "vsd2m":
+        digest, total = survey(o.manifest, o.root, o.limit, o.allow_outside, check=True)
+        name = f"vsd2m {digest[:12]}" + (f", first {o.limit} lines" if o.limit else "") + outside
+        read = functools.partial(vsd2m_job, o.manifest, o.root, o.allow_outside)
+        return name, lambda: itertools.islice(numbered_lines(o.manifest), o.limit), dict(total=total, read=read)
+    jobs = list(folder_jobs(Path(o.folder), o.allow_outside))
+    state = [[j["file"], j["caption"], content_of(j["source"])] for j in jobs]
+    return f"folder {json_hash(state)[:12]}{outside}", lambda: jobs, dict(total=len(jobs))

@@ -67,6 +67,10 @@ class StandinExtractor:
     def __init__(self, device="cpu"):
         self.net, self.key = RandomFeatures().to(device), dict(seed=SEED)
 
+    def scores(self, features, **_):
+        """No number of a single clip: distances are of sets."""
+        return {}
+
     def describe(self, T, size):
         return "FD-app, FD-mot: Fréchet distance a feature, a fixed random network on 64 px; not FVD"
 

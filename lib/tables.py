@@ -1,4 +1,5 @@
 """Markdown tables of what evaluate.py measured, of runs side by side, and of the paper's numbers beside ours."""
+import glob
 import json
 from pathlib import Path
 
@@ -147,6 +148,20 @@ def compare(runs):
     head = ["run", "differs in", "step", *given, *(f"{task}, FD-app, FD-mot" for task in report["tasks"])]
     rows = [[Path(run).name, changes(trained), *cells] for run, (trained, _, cells) in found.items()]
     return f"{report['protocol']}\n\n{markdown(head, rows)}"
+
+
+def find_rows(options):
+    """["NAME=PATTERN", ...] -> {name: run folders}, one for each seed."""
+    found = {}
+    for option in options:
+        name, _, pattern = option.partition("=")
+        folders = sorted(path for path in glob.glob(pattern) if Path(path).is_dir())
+        if not name.strip() or not pattern:
+            raise UserError(f"--rows {option}: write \"NAME=PATTERN\", in quotes, the pattern that of run folders")
+        if not folders:
+            raise UserError(f"--rows {option}: no run folder matches {pattern}")
+        found.setdefault(name.strip(), []).extend(folders)
+    return found
 
 
 def over_seeds(values):

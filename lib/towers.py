@@ -1,17 +1,25 @@
-"""The frozen text transformer of an open_clip model, from a local file; it is not trained and no network is used."""
+"""Frozen text towers, from local files; nothing of them is trained and no network is used.
+
+MiniLM: all-MiniLM-L6-v2 (sentence-transformers; Apache-2.0), for the small presets; it lies in checkpoints/.
+TextTower: the text transformer of an open_clip model, for the paper preset.
+Both: tower(tower.read(texts)) -> features (B, tower.length, tower.width).
+"""
 import functools
 import importlib.util
 import json
+import math
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from lib.files import UserError, cache_path, file_hash, first_line, json_hash, rows
-from lib.weights import load_strict, read_weights
+from lib.weights import identity, load_strict, read_own, read_weights
 
 VOCAB, LENGTH = 49408, 77                        # of CLIP's tokenizer
 PARTS = "text.", "positional_embedding", "token_embedding.", "transformer.", "ln_final."
@@ -28,6 +36,107 @@ def clip_tokenizer():
     return module.SimpleTokenizer(context_length=LENGTH)
 
 
+# ---- MiniLM
+MINILM = Path(__file__).parents[1] / "checkpoints/minilm.safetensors"
+PIECES, WIDTH, LAYERS, HEADS = 30522, 384, 6, 12  # word pieces; sizes of the network
+CLS, SEP, UNK = 101, 102, 100                    # word pieces around a text; one that is not in the vocabulary
+
+
+class Block(nn.Module):
+    """A layer of BERT: attention, then a feed-forward part; the sum with what came in is normalised after each."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH, 1e-12), nn.LayerNorm(WIDTH, 1e-12)
+
+    def forward(self, x, mask):
+        """x (B, L, width), mask (B, 1, 1, L) bool -> (B, L, width)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)       # (B, heads, L, 32)
+        scores = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)
+        x = self.norm1(x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
+
+
+class MiniLM(nn.Module):
+    """all-MiniLM-L6-v2 and its word pieces. What the DFGN reads of a text: its sentence, then its pieces.
+
+    The sentence is the mean of the pieces, whitened; the pieces are standardised: as they come, a few directions hold
+    nearly all of their variance. Both by statistics of the training captions (tools/make_minilm.py), in buffers.
+    length: rows of a text, which is cut at length - 1 pieces, start and end included; behind a shorter one, zeros."""
+    width, length = WIDTH, 33
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        from tokenizers import BertWordPieceTokenizer
+        self.pieces = BertWordPieceTokenizer({piece: i for i, piece in enumerate(vocabulary)}, lowercase=True)
+        self.pieces.enable_truncation(self.length - 1)
+        self.word, self.position = nn.Embedding(PIECES, WIDTH), nn.Parameter(torch.zeros(self.length - 1, WIDTH))
+        self.norm = nn.LayerNorm(WIDTH, 1e-12)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        for name, shape in dict(mean=WIDTH, std=WIDTH, centre=WIDTH, whiten=(WIDTH, WIDTH)).items():
+            self.register_buffer(name, torch.zeros(shape))
+
+    def read(self, texts):
+        """List of B strings -> word pieces (B, L) int64, 0 behind the end of each."""
+        ids = [torch.tensor(found.ids) for found in self.pieces.encode_batch(list(texts))]
+        return nn.utils.rnn.pad_sequence(ids, batch_first=True)
+
+    def hidden(self, tokens):
+        """tokens (B, L) -> (B, L, width): the last layer, as the published network has it."""
+        x = self.norm(self.word(tokens) + self.position[:tokens.shape[1]])
+        for block in self.blocks:
+            x = block(x, (tokens > 0)[:, None, None])
+        return x
+
+    def sentence(self, hidden, tokens):
+        """Mean of a text's pieces (B, width): the direction of it is what the published network was trained for."""
+        mask = (tokens > 0)[..., None]
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+    def forward(self, tokens):
+        """tokens (B, L) -> features (B, length, width); rows behind a text's end are zero."""
+        hidden = self.hidden(tokens)
+        first = (self.sentence(hidden, tokens) - self.centre) @ self.whiten
+        rest = ((hidden - self.mean) / self.std) * (tokens > 0)[..., None]
+        return F.pad(torch.cat([first[:, None], rest], 1), (0, 0, 0, self.length - 1 - tokens.shape[1]))
+
+    def unknown(self, text):
+        """(words of a text that it cannot read, of other letters than Latin ones or of no piece that it has, whether it
+        reads any)."""
+        def reads(word):
+            foreign = any(c.isalpha() and not unicodedata.name(c, "").startswith("LATIN") for c in word)
+            return not foreign and set(self.pieces.encode(word).ids) - {CLS, SEP, UNK}
+        words = [word for word in text.split() if not reads(word)]
+        return words, not text or len(words) < len(text.split())
+
+
+def pack(weights):
+    """Matrices in 8 bits, each row with a scale of its own; all else as it is. A quarter of the size."""
+    packed = {}
+    for name, w in weights.items():
+        if w.dim() == 2 and name != "whiten":
+            scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            packed |= {name: (w / scale).round().to(torch.int8), f"{name}.scale": scale}
+        else:
+            packed[name] = w
+    return packed
+
+
+def unpack(packed):
+    """The inverse of pack, but for what 8 bits lose."""
+    return {name: w.float() * packed[f"{name}.scale"] if w.dtype == torch.int8 else w
+            for name, w in packed.items() if not name.endswith(".scale")}
+
+
+def load_minilm(path=MINILM):
+    """The MiniLM of a file that tools/make_minilm.py wrote, frozen."""
+    metadata, packed = read_own(path, "minilm", "`git checkout checkpoints` brings it back")
+    return load_strict(MiniLM(metadata["vocabulary"].split("\n")), unpack(packed), "", path)
+
+
+# ---- open_clip
 class TextTower(nn.Module):
     """The text transformer of an open_clip model, frozen: its last block at all positions, normalised, not projected.
 
@@ -49,6 +158,14 @@ class TextTower(nn.Module):
         self.text.text_projection, self.width = None, self.text.width
         if self.text.attn_mask is not None:
             self.text.attn_mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)
+
+    def read(self, texts):
+        """List of B strings -> tokens (B, 77) int64."""
+        return clip_tokenizer()(list(texts))
+
+    def unknown(self, text):
+        """As MiniLM.unknown: every text has tokens."""
+        return [], True
 
     def forward(self, tokens):
         """tokens (B, 77) int64 -> features (B, 77, width)."""
@@ -103,8 +220,18 @@ def name_tower(path, name, width):
     return dict(file=str(path), model=name, hash=json_hash(made_of))
 
 
+def name_minilm():
+    """The same of the MiniLM in checkpoints/. UserError: it is not there."""
+    if not MINILM.is_file():
+        raise UserError(f"{MINILM}: not there; `git checkout checkpoints` brings it back")
+    return dict(file=f"checkpoints/{MINILM.name}", model="minilm", hash=identity(MINILM))
+
+
 def load_tower(path, name):
-    """The TextTower in an open_clip model's weights, float32; the model's other parts are not read."""
+    """The MiniLM in checkpoints/, or the TextTower in an open_clip model's weights, float32; its other parts are not
+    read."""
+    if name == "minilm":
+        return load_minilm()
     file, config = find_clip(path, name, "--clip-weights")
     weights = read_weights(file, "--clip-weights", TOWER_PREFIXES)
     if sum(w.numel() * w.element_size() for w in weights.values()) > os.path.getsize(file):
@@ -113,26 +240,27 @@ def load_tower(path, name):
 
 
 @torch.no_grad()
-def cache_features(folder, made_of, tower, width, texts, tokenize, device, batch=64):
-    """Features (n, 77, width) float16 of n texts by a tower as name_tower names it, cached in a set's folder.
+def cache_features(folder, made_of, tower, width, texts, device, batch=64):
+    """Features (n, length, width) float16 of n texts by a tower as name_tower names it, cached in a set's folder.
 
     made_of: all else that the texts depend on. UserError: the disk has no room for them."""
     net = functools.cache(lambda: load_tower(tower["file"], tower["model"]).to(device))   # if anything is missing
     path = cache_path(folder, "text", [tower["hash"], *made_of])
-    need, free, part = len(texts) * LENGTH * width * 2, shutil.disk_usage(folder).free, Path(f"{path}.part")
+    shape = (MiniLM.length, WIDTH) if tower["model"] == "minilm" else (LENGTH, width)
+    need, free, part = 2 * len(texts) * math.prod(shape), shutil.disk_usage(folder).free, Path(f"{path}.part")
     free += part.stat().st_size if part.is_file() else 0     # of an interrupted run
     if not path.is_file() and need > free:
         raise UserError(f"--text-variants: features of {len(texts)} texts are {need / 1e9:.1f} GB, "
                         f"{free / 1e9:.1f} GB are free in {folder}; fewer variants need less")
 
     def encode(part):
-        tokens = tokenize([texts[k] for k in range(part.start, part.stop)])
+        tokens = net().read([texts[k] for k in range(part.start, part.stop)])
         return net()(tokens.to(device)).half().cpu().numpy()
-    return rows(path, len(texts), (LENGTH, width), np.float16, batch, encode, "encoding texts")
+    return rows(path, len(texts), shape, np.float16, batch, encode, "encoding texts")
 
 
 def tower_for(model_path, metadata, clip_weights, width):
-    """The TextTower that a DFGN was trained with, from clip_weights or from its place at that time; None if without."""
+    """The tower that a DFGN was trained with, from clip_weights or from its place at that time; None if without."""
     trained = metadata.get("text")
     if not trained:
         if clip_weights:
@@ -140,6 +268,12 @@ def tower_for(model_path, metadata, clip_weights, width):
         return None
     if not isinstance(trained, dict) or not all(isinstance(trained.get(k), str) for k in ("file", "model", "hash")):
         raise UserError(f"{model_path}: not what train.py writes (metadata.text is of another type)")
+    if trained["model"] == "minilm":
+        if clip_weights:
+            raise UserError(f"--clip-weights {clip_weights}: {model_path} reads by MiniLM; leave the option out")
+        if name_minilm()["hash"] != trained["hash"]:
+            raise UserError(f"{MINILM}: not the MiniLM that {model_path} was trained with")
+        return load_minilm()
     path = clip_weights or trained["file"]
     if not clip_weights and not Path(path).exists():
         raise UserError(f"{model_path}: trained with the text tower in {path}, now gone; name it by --clip-weights")

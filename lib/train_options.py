@@ -23,7 +23,8 @@ def check_options(c, **words):
         if getattr(c, name) + c.cond_drop + c.both_drop > 1:
             raise UserError(f"{flag(name)}, --cond-drop and --both-drop: more than 1 in all")
     check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, seed=0, workers=0,
-                sample_every=0, warmup=0, rank=1, weight_decay=0, lr=1e-12, embedding_lr=0, grad_clip=1e-12)
+                sample_every=0, warmup=0, rank=1, weight_decay=0, lr=1e-12, timestep_shift=1e-3, embedding_lr=0,
+                grad_clip=1e-12)
     check_most(c, seed=2 ** 32)
     if bool(c.sample_every) != bool(c.prompts):
         raise UserError("--sample-every and --prompts: give both, steps and a file of captions, or neither")

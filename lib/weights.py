@@ -181,8 +181,9 @@ def check_metadata(path, metadata, kind):
     """UserError for metadata that train.py does not write for this kind of model."""
     if metadata.get("kind") != kind:
         raise UserError(f"{path}: holds {metadata.get('kind', 'something else')!r}, {kind!r} is needed")
-    types = dict(config=dict, step=int, **(dict(vae=str, vae_file=str) if kind != "vae" else {}),
-                 **(dict(method=str, rank=int, base=str, base_file=str) if kind == "adapter" else {}))
+    types = dict(vocabulary=str) if kind == "minilm" else dict(
+        config=dict, step=int, **(dict(vae=str, vae_file=str) if kind != "vae" else {}),
+        **(dict(method=str, rank=int, base=str, base_file=str) if kind == "adapter" else {}))
     wrong = [name for name, wanted in types.items() if type(metadata.get(name)) is not wanted]
     if wrong:
         raise UserError(f"{path}: not what train.py writes (metadata.{wrong[0]} is missing or of another type)")
@@ -209,7 +210,16 @@ def read_own(path, kind, advice):
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: not a readable .safetensors model ({what_is_wrong(path, error)})") from None
     check_metadata(path, metadata, kind)
-    return metadata, weights
+    return metadata, {current(name): w for name, w in weights.items()}
+
+
+def current(name):
+    """The name that a weight of a file from before the stem was a module has now."""
+    for old, new in (("dfgn.known.", "dfgn.stem.known."), ("dfgn.stem.", "dfgn.stem.conv."),
+                     ("dfgn.condition.conv.", "dfgn.stem.condition.")):
+        if name.startswith(old) and name.removeprefix("dfgn.stem.") in (name, "weight", "bias"):
+            return new + name.removeprefix(old)
+    return name
 
 
 def load_model(path, kind, build, advice):
@@ -229,25 +239,6 @@ def load_model(path, kind, build, advice):
         raise UserError(f"{path}: its configuration is not of this version of model.py ({reason})") from None
     check_fit(net, weights, "", path)
     return load_strict(build(config), weights, "", path), metadata
-
-
-def load_adapter(path, load_base, inject):
-    """(network in eval mode and frozen, metadata) of an adapter's file, beside the base that it names. UserError.
-
-    load_base(path) -> (network, metadata); inject as lib.peft's."""
-    metadata, weights = read_own(path, "adapter", "")
-    base = find_file(path, metadata["base_file"])
-    if not base:
-        raise UserError(f"{path}: tunes {metadata['base_file']}, which is not there; put the base at that place")
-    if metadata["base"] not in names_of(base):
-        raise UserError(f"{path}: tunes another base than {base}, which has changed")
-    net, of_base = load_base(base)
-    try:
-        inject(net, metadata["method"], metadata["rank"])
-    except (ValueError, LookupError) as error:
-        raise UserError(f"{path}: does not fit {base} ({first_line(error)})") from None
-    frozen = {k: w for k, w in net.state_dict().items() if k not in net.adapter}
-    return load_strict(net, {**frozen, **weights}, "", path), {**of_base, **metadata}
 
 
 def find_file(model, file):

@@ -13,13 +13,13 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"              # of the processes that tests start, too: sums come out alike
 
 
-def run_train(*argv):
+def run_train(*argv, after_backward=None):
     """train.main in this process."""
     import torch
 
     import train
     torch.set_num_threads(1)
-    train.main([str(a) for a in argv])
+    train.main([str(a) for a in argv], after_backward)
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +152,7 @@ def sd_vae():
     import numpy as np
     import torch
 
-    from model import SD_VAE, VAE
+    from lib.autoencoder import SD_VAE, VAE
     with torch.device("meta"):
         shapes = {name: w.shape for name, w in VAE(SD_VAE).state_dict().items() if not name.startswith("latent_")}
     found = dict(diffusers={}, old={}, compvis={})

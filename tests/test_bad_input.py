@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from lib.autoencoder import load_vae
 from lib.files import run_cli
 from lib.media import write_animation
 from lib.weights import save_model
-from model import load_vae
 
 
 @pytest.fixture(scope="module")

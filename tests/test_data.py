@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 import data
 from data import TASKS
+from lib.draws import StepSampler
 from lib.files import UserError
 from lib.media import square, write_animation
 
@@ -100,11 +101,18 @@ def test_choose_frames():
 # ---- texts
 def test_text_augmentation():
     record = dict(caption="a red cat", keywords=["pet", "sleepy cat"])
-    for chances, text in (((0, 0), "a red cat"), ((0, 1), "a red cat, pet, sleepy cat"), ((1, 0), "# # #")):
+    for chances, text in (((0, 0), "a red cat"), ((1, 0), "# # #")):
         assert data.text_for(record, data.rng_for(0, 0, 0, 0), *chances) == text
-    texts = [data.text_for(record, data.rng_for(0, 0, i, 0)) for i in range(2000)]
+    rngs = [data.rng_for(0, 0, i, 0) for i in range(2000)]
+    texts = [data.text_for(record, rng) for rng in rngs]
     assert np.mean([t.split()[0] == "#" for t in texts]) == pytest.approx(0.2, abs=0.03)
-    assert np.mean([len(t.split()) > 3 for t in texts]) == pytest.approx(0.5, abs=0.04)
+    assert np.mean([len(t.split()) > 3 for t in texts]) == pytest.approx(0.25, abs=0.03)
+    texts = [data.text_for(dict(record, style="noto"), rng, 0, 0.8) for rng in rngs]
+    whole, alone = "a red cat, pet, sleepy cat", ["pet", "sleepy cat", "pet, sleepy cat", "sleepy cat, pet"]
+    wanted = "a red cat", whole, *(f"{t}, noto style" for t in alone)
+    shares = [np.mean([t == text for t in texts]) for text in wanted]
+    assert shares == pytest.approx([0.2, 0.4, 0.1, 0.1, 0.1, 0.1], abs=0.03)
+    assert data.text_for(dict(caption="x", keywords=[]), rngs[0], 0, 1) == "x"
     tokens = data.tokenize(["clapping hands", "# hands", "word " * 200])
     assert tokens.shape == (3, 77) and tokens.dtype == torch.int64 and tokens[0, 4] == tokens[1, 3] == 49407   # the end
 
@@ -223,7 +231,7 @@ def test_an_epoch_is_whole_where_clips_and_stills_take_turns(synthetic):
     """Every concept comes once an epoch of each kind, however the kinds are mixed."""
     dataset, rng = clips(synthetic, k="step", batch=2, T=4), np.random.default_rng(0)
     kinds, seen = rng.random(200) < 0.7, {1: [], 4: []}
-    for keys in data.StepSampler(2, 0, 200, plan=lambda step: (1, 4) if kinds[step] else (4, 1)):
+    for keys in StepSampler(2, 0, 200, plan=lambda step: (1, 4) if kinds[step] else (4, 1)):
         for _, n, T, turn in keys:
             seen[T].append(int(dataset.variants(turn, n, T)[0]))
     for T, pool in ((1, dataset.everything), (4, dataset.animated)):
@@ -278,13 +286,13 @@ def test_variants_of_a_concept_take_turns(synthetic):
 
 def test_neither_ranks_nor_workers_change_a_draw(synthetic):
     plan = lambda step: (1, 8) if step % 3 else (8, 1)                # every third step: clips; else 8 stills for each
-    ranks = [list(data.StepSampler(4, 2, 7, rank, 2, plan)) for rank in range(2)]
-    whole = list(data.StepSampler(4, 2, 7, plan=plan))
+    ranks = [list(StepSampler(4, 2, 7, rank, 2, plan)) for rank in range(2)]
+    whole = list(StepSampler(4, 2, 7, plan=plan))
     assert [a + b for a, b in zip(*ranks)] == whole and whole[0] == [(2, n, 1, 1) for n in range(32)]
     assert len(whole) == 5 and whole[1] == [(3, n, 8, 1) for n in range(4)]      # behind one step of clips
     assert whole[2] == [(4, n, 1, 2) for n in range(32)]                         # behind two of stills
     with pytest.raises(UserError, match="batch 3"):
-        data.StepSampler(3, world=2)
+        StepSampler(3, world=2)
     loaders = [DataLoader(clips(synthetic), batch_sampler=whole, num_workers=w, collate_fn=list) for w in (0, 2)]
     assert all(same(a, b) for x, y in zip(*loaders) for a, b in zip(x, y))
 

@@ -11,7 +11,7 @@ from test_sample import make_model
 import data
 import evaluate
 from data import TASKS, eval_mask
-from lib import extractors, tables
+from lib import extractors, scores, tables
 from lib.dover import DOVER
 from lib.files import UserError
 from lib.i3d import I3D
@@ -58,10 +58,10 @@ def test_psnr_is_of_the_pooled_errors_of_unknown_frames():
 def test_fvd_is_of_bare_logits_and_extrapolated(monkeypatch):
     rng = np.random.default_rng(0)
     a, b = (dict(i3d=rng.standard_normal((800, 400)).astype(np.float32) * 3) for _ in range(2))
-    monkeypatch.setattr(evaluate, "bootstrap_fd", lambda *_, paired, **__: [0, 1 + paired])   # a minute at this size
-    monkeypatch.setattr(evaluate, "extrapolate", lambda a, b, seed: (7.0, 2.0))  # likewise; see test_distances.py
+    monkeypatch.setattr(scores, "bootstrap_fd", lambda *_, paired, **__: [0, 1 + paired])   # a minute at this size
+    monkeypatch.setattr(scores, "extrapolate", lambda a, b, seed: (7.0, 2.0))  # likewise; see test_distances.py
     result, fewer = evaluate.distances(a, b, 0), {"i3d": a["i3d"][:799]}
-    assert result["FVD"]["value"] == pytest.approx(evaluate.frechet(a["i3d"], b["i3d"]))
+    assert result["FVD"]["value"] == pytest.approx(scores.frechet(a["i3d"], b["i3d"]))
     assert result["FVD"]["interval"] == [0, 2]                                   # drawn in pairs
     assert "7.0 +- 2.0" in tables.distance_table(dict(t2v=dict(fd=dict(model=result))), None)
     assert "FVD-inf" not in evaluate.distances(fewer, fewer, 0)

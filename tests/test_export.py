@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 
+from lib.autoencoder import load_vae
 from lib.files import UserError
 from lib.weights import identity
-from model import load_rdtf, load_vae
+from model import load_rdtf
 from sample import Sampler
 from tools import export
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from test_animation import CASES
 
-from lib import media
+from lib import media, writing
 from lib.files import UserError
 
 RED, GREEN, BLUE = (255, 0, 0, 255), (0, 255, 0, 255), (0, 0, 255, 255)
@@ -130,7 +130,7 @@ def test_words_of_the_program_are_no_reasons():
 @pytest.mark.parametrize("platform, kind, side, limit, seconds", [
     ("whatsapp", "WEBP", 512, 450_000, 10), ("signal", "PNG", 512, 300_000, 3), ("discord", "PNG", 320, 512_000, 5)])
 def test_platforms(platform, kind, side, limit, seconds, monkeypatch):
-    content, sentence = media.encode_for(moving_square(4, (30, 30)), 2000, platform)
+    content, sentence = writing.encode_for(moving_square(4, (30, 30)), 2000, platform)
     with Image.open(io.BytesIO(content)) as image:
         assert (image.format, image.size, image.mode, image.info["loop"]) == (kind, (side, side), "RGBA", 0)
     frames, durations = media.read_animation(content)
@@ -138,9 +138,9 @@ def test_platforms(platform, kind, side, limit, seconds, monkeypatch):
     assert not frames[:, :side // 10, :side // 10, 3].any() and frames[0, side // 4, side // 8, 3] > 250
 
     def size(limit):
-        rules = media.PLATFORMS[platform]
-        monkeypatch.setitem(media.PLATFORMS, platform, rules._replace(side=64, most_bytes=limit))
-        return len(media.encode_for(NOISE[:, :16, :16], 100, platform)[0])
+        rules = writing.PLATFORMS[platform]
+        monkeypatch.setitem(writing.PLATFORMS, platform, rules._replace(side=64, most_bytes=limit))
+        return len(writing.encode_for(NOISE[:, :16, :16], 100, platform)[0])
     smaller = int(0.6 * size(10**9))
     assert size(smaller) <= smaller                                   # quality falls until it fits
     with pytest.raises(UserError, match=f"--for {platform}: the clip does not fit"):
@@ -153,7 +153,7 @@ def test_few_colours_tear_no_holes_and_fill_no_ground():
     frames = rng.integers(150, 250, (8, 64, 64, 4), np.uint8)
     disc, far = np.hypot(x, y) < 24, np.hypot(x, y) > 28
     frames[..., 3] = np.where(disc, 255, rng.integers(0, 6, (8, 64, 64)))
-    made = media.read_animation(media.encode_for(frames, 125, "signal")[0])[0]
+    made = media.read_animation(writing.encode_for(frames, 125, "signal")[0])[0]
     inner, outer = (np.kron(part, np.ones((8, 8))) > 0 for part in (np.hypot(x, y) < 21, far))
     assert made[:, inner, 3].min() == 255 and not made[:, outer, 3].any()
     large = [Image.fromarray(f[..., :3]).resize((512, 512), Image.Resampling.BICUBIC) for f in frames]
@@ -197,10 +197,10 @@ def test_gifs_whose_frames_are_empty_or_equal(tmp_path):
 def test_a_finished_file_obeys_its_platform():
     still = np.stack([plain(RED)] * 4)
     with pytest.raises(UserError, match="--for whatsapp: it takes animations, and this clip stands still"):
-        media.encode_for(still, 100, "whatsapp")
-    assert "discord" in media.encode_for(still, 100, "discord")[1]
+        writing.encode_for(still, 100, "whatsapp")
+    assert "discord" in writing.encode_for(still, 100, "discord")[1]
     for platform, duration, wanted in (("discord", 1000, 625), ("whatsapp", 5, 8), ("signal", 5000, 375)):
-        content, _ = media.encode_for(moving_square(8), duration, platform)
+        content, _ = writing.encode_for(moving_square(8), duration, platform)
         assert media.read_animation(content)[1] == [wanted] * 8
 
 

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 import lib.cpu
 import model
 from data import tokenize
-from lib.autoencoder import compose
+from lib.autoencoder import VAE, VAEConfig, compose, load_vae
 from lib.cpu import Conv3x3, Linear, attend
 from lib.files import UserError
+from lib.text import END, TextEncoder
 from lib.weights import SD_SCALE
-from model import DFGN, PRESETS, RDTF, VAE, Clip, Config, Diffusion, DiffusionConfig, VAEConfig
+from model import DFGN, PRESETS, RDTF, Clip, Config, Diffusion, DiffusionConfig
 
 TINY, TINY_VAE = PRESETS["tiny"].dfgn, PRESETS["tiny"].vae
 BOTH = pytest.mark.parametrize("temporal", ["sti", "conv3d"])
@@ -67,7 +68,7 @@ def test_stable_diffusions_vae_gives_the_values_of_a_public_implementation(sd_va
     weights = {f"first_stage_model.{name}": w for name, w in sd_vae["compvis"].items()}
     others = {name: torch.ones(2) for name in ("model.diffusion_model.out.0.weight", "encoder.conv_in.weight")}
     torch.save(dict(state_dict={**weights, **others}), tmp_path / "sd.ckpt")
-    vae, metadata = model.load_vae(tmp_path / "sd.ckpt")
+    vae, metadata = load_vae(tmp_path / "sd.ckpt")
     assert metadata["any_size"] and not any(p.requires_grad for p in vae.parameters())
     x = torch.from_numpy(np.sin(np.arange(3 * 32 * 32) * 0.37).reshape(1, 3, 32, 32).astype(np.float32))
     z = torch.from_numpy(np.cos(np.arange(64) * 0.9).reshape(1, 4, 4, 4).astype(np.float32))
@@ -241,14 +242,12 @@ def test_the_three_predictions_say_the_same(prediction):
 # ---- given frames
 def test_frames_are_filled_from_the_given_ones_around_them_in_a_loop():
     mask = torch.tensor([[0.0, 1, 0, 0, 1, 0, 0, 0], [0, 0, 1, 0, 0, 0, 0, 0], [1, 0, 0, 1, 0, 0, 0, 0], [0] * 8])
-    weights = model.fill_weights(mask, torch.tensor([8.0, 8, 5, 8]), "blend")
+    weights = model.fill_weights(mask, torch.tensor([8.0, 8, 5, 8]))
     numbers = weights @ torch.arange(8.0)
     assert numbers[0].tolist() == pytest.approx([1.6, 1, 2, 3, 4, 3.4, 2.8, 2.2])
     assert numbers[1].tolist() == [2] * 8 and not weights[3].any()
     assert numbers[2, :5].tolist() == pytest.approx([0, 1, 2, 3, 1.5])         # of 5 frames the first follows frame 4
     assert torch.allclose(weights[:3].sum(2), torch.ones(3, 8)) and not (weights * (mask[:, None] == 0)).any()
-    nearest = model.fill_weights(mask, torch.tensor([8.0, 8, 5, 8]), "nearest") @ torch.arange(8.0)
-    assert nearest[0].tolist() == [1, 1, 1, 4, 4, 4, 4, 4] and nearest[1].tolist() == [2] * 8 and not nearest[3].any()
 
 
 COND = torch.tensor([[0.0, 1, 0, 1], [0, 0, 0, 1]])                            # of the second clip padding: not given
@@ -419,11 +418,11 @@ def test_the_fast_ways_of_a_cpu_give_the_plain_results(monkeypatch):
 
 def test_captions_end_with_their_end_token():
     """Token 0 is "!" in a caption and padding behind it; how long others are changes nothing."""
-    encoder = randomise(model.TextEncoder(tiny().text))
+    encoder = randomise(TextEncoder(tiny().text))
     tokens = tokenize(["wow!\u2728", "a little red robot that waves", "!", ""])
     assert 0 in tokens[0, :5] and (tokens[:, 0] != 0).all()
     features, mask = encoder(tokens)
-    assert mask.sum(1).tolist() == [int((row == model.END).nonzero()[0]) + 1 for row in tokens]
+    assert mask.sum(1).tolist() == [int((row == END).nonzero()[0]) + 1 for row in tokens]
     for row, want, real in zip(tokens, features, mask):
         alone, all_real = encoder(row[None])
         assert all_real.all() and torch.allclose(alone[0], want[real], atol=1e-5)

@@ -8,8 +8,9 @@ from conftest import run_train
 
 from lib import loop, peft
 from lib.files import UserError
+from lib.text import END
 from lib.weights import identity, read_metadata, read_weights
-from model import END, PRESETS, RDTF, Clip, Config, load_rdtf
+from model import PRESETS, RDTF, Clip, Config, load_rdtf
 from sample import Sampler
 
 BASE = replace(PRESETS["tiny-base"], text=replace(PRESETS["tiny-base"].text, vocab=600),
@@ -168,12 +169,13 @@ def test_padding_is_not_seen_and_checkpointing_changes_no_gradient(method):
 def test_i2v_adapter_reads_the_nearest_given_frame():
     masks = torch.tensor([[1, 0, 0, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
     assert peft.nearest_given(masks).tolist() == [[0, 0, 0, 4, 4], [2] * 5, [0, 1, 2, 3, 4]]   # a tie: the earlier
-    net, clip = moved(tuned("i2v_adapter")), Clip(torch.ones(2, 4), None, None, None, GIVEN)
-    assert all("spatial" in name or "condition" in name for name in net.adapter)
+    net, clip = moved(tuned("i2v_adapter")), Clip(torch.ones(2, 4), None, None, None)
+    assert all("spatial" in name or "stem.condition" in name for name in net.adapter)
     layer = next(m for m in net.modules() if isinstance(m, peft.CrossFrame))
     h = torch.randn(8, 16, BASE.dfgn.widths[0], generator=torch.Generator().manual_seed(3))
     changed = h.clone()
     changed[2] += 1                                                      # nearest of the frames 2 and 3 of clip 0
+    net.dfgn.stem.cond_mask = GIVEN
     with torch.no_grad():
         difference = (layer.branch(h, clip) - layer.branch(changed, clip)).abs().amax((1, 2))
     assert (difference > 1e-4).tolist() == [False, False, True, True] + [False] * 4
@@ -203,8 +205,8 @@ def runs(tmp_path_factory, stickers16, tiny_vae):
 def test_a_file_and_its_base_are_the_trained_network(runs, method):
     path = runs[method] / "model.safetensors"
     state = torch.load(runs[method] / "state.pt", weights_only=True)
-    net, meta = load_rdtf(path)
-    base, _ = load_rdtf(runs["base"] / "model.safetensors")
+    net, meta = peft.load_tuned(path, load_rdtf)
+    base, _ = peft.load_tuned(runs["base"] / "model.safetensors", load_rdtf)
     dropped = "spatial" if method == "customize_a_video" else "nothing"  # the first stage's LoRA
     of_state = {k.replace(".base.", "."): v for k, v in state["ema"].items()}
     for name, w in net.state_dict().items():
@@ -241,10 +243,10 @@ def test_another_base_is_refused(runs, tmp_path):
     held = base.replace(tmp_path / "base")
     try:
         with pytest.raises(UserError, match="which is not there; put the base at that place"):
-            load_rdtf(path)
+            peft.load_tuned(path, load_rdtf)
         base.write_bytes(path.read_bytes())
         with pytest.raises(UserError, match="tunes another base than .*base.*, which has changed"):
-            load_rdtf(path)
+            peft.load_tuned(path, load_rdtf)
     finally:
         held.replace(base)
 

@@ -19,6 +19,8 @@ from test_train import RUN_FILES, SCRIPT, assert_same, log_of, options, state_of
 
 import train
 from lib import checkpoints, loop
+from lib import run as run_folder
+from lib.autoencoder import VAE
 from lib.files import UserError, run_cli
 from model import load_rdtf
 
@@ -66,15 +68,14 @@ def forked(work):
 
 
 def at_step(step, do):
-    """In a process of its own: do() once behind that step's backward pass; a signal is then seen in the next step."""
-    plain, done = train.learning_rate, []
+    """A hook behind the backward pass that does do() in that step, once; a signal is seen in the same step."""
+    done = []
 
-    def hooked(config, now):
+    def hook(now, net, losses):
         if now == step and not done:
             done.append(now)
             do()
-        return plain(config, now)
-    train.learning_rate = hooked
+    return hook
 
 
 def die(*_, **__):
@@ -94,8 +95,7 @@ def test_a_signal_saves_and_the_run_goes_on(stage, number, more, vae_argv, argv,
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
 
     def signalled():
-        at_step(1, lambda: os.killpg(0, number))
-        run_train(*argv, "--out", tmp_path / "run")
+        run_train(*argv, "--out", tmp_path / "run", after_backward=at_step(2, lambda: os.killpg(0, number)))
     status, output = forked(signalled)
     assert status == 128 + number and f"stopped by {number.name} after step 3, which is saved" in output, output
     assert state_of(tmp_path / "run")["step"] == 3
@@ -111,8 +111,8 @@ def test_a_closed_terminal_is_ignored_where_nohup_said_so(torchrun, saved, argv,
 
     def signalled():
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        at_step(1, lambda: os.killpg(0, signal.SIGHUP))
-        run_train(*options(argv, steps=4, save_every=100, out=tmp_path / "run"))
+        run_train(*options(argv, steps=4, save_every=100, out=tmp_path / "run"),
+                  after_backward=at_step(2, lambda: os.killpg(0, signal.SIGHUP)))
     status, output = forked(signalled)
     assert (status, state_of(tmp_path / "run")["step"]) == (128 + signal.SIGHUP if torchrun else 0, saved), output
 
@@ -183,7 +183,7 @@ def test_logs_and_hidden_files_are_no_run(argv, tmp_path):
                                     "state.pt"])
 def test_a_kill_at_any_moment_loses_nothing(moment, argv, whole, stickers16, tmp_path):
     """Within what is written, or before it gets its name; in a step, where a loader lives on for seconds."""
-    run, save, replace, moments = half_of(whole, tmp_path / "run"), torch.save, os.replace, train.VAE.moments
+    run, save, replace, moments = half_of(whole, tmp_path / "run"), torch.save, os.replace, VAE.moments
     if moment == "latents":
         without = shutil.ignore_patterns("latents-*")
         argv = options(argv, data=shutil.copytree(stickers16, tmp_path / "set", ignore=without))
@@ -194,18 +194,19 @@ def test_a_kill_at_any_moment_loses_nothing(moment, argv, whole, stickers16, tmp
         die()
 
     def killed():
+        hook = None
         if moment == "latents":
             batches = [1, 2]
-            train.VAE.moments = lambda vae, x: moments(vae, x) if batches and batches.pop() else die()
+            VAE.moments = lambda vae, x: moments(vae, x) if batches and batches.pop() else die()
         elif moment == "step":
-            at_step(6, die)
+            hook = at_step(6, die)
         elif moment == "log line":
-            train.append = cut_line
+            run_folder.append = cut_line
         elif moment == "checkpoint":
             torch.save = lambda state, file: (save(state, file), file.truncate(5000), die())
         else:
             os.replace = lambda a, b: die() if Path(b).name == moment else replace(a, b)
-        run_train(*options(argv, out=run, workers=int(moment == "step")))
+        run_train(*options(argv, out=run, workers=int(moment == "step")), after_backward=hook)
     assert forked(killed)[0] == -signal.SIGKILL
     parts = list(tmp_path.glob("set/latents-*.part"))
     assert len(parts) == (moment == "latents")
@@ -244,9 +245,7 @@ def test_a_full_disk_ends_in_a_sentence_and_spoils_nothing(name, argv, whole, tm
         content = b"".join(content.splitlines(keepends=True)[:4]) + b"12 bytes more"
 
     def full():
-        plain = train.write_config
-        train.write_config = lambda *a: (plain(*a), limit_files(len(content) - 1))
-        run_train(*argv, "--out", run)
+        run_train(*argv, "--out", run, after_backward=at_step(4, lambda: limit_files(len(content) - 1)))
     status, output = forked(full)
     errors = [line for line in output.splitlines() if "error: " in line]
     assert status == 2 and len(errors) == 1, output
@@ -270,8 +269,8 @@ def test_a_killed_loader_is_told_in_a_sentence(argv, tmp_path):
         os.waitid(os.P_PID, loader.pid, os.WEXITED | os.WNOWAIT)       # until torch hears of it
 
     def killed():
-        at_step(2, kill_loader)
-        run_train(*options(argv, save_every=2, out=tmp_path / "run", workers=1))
+        run_train(*options(argv, save_every=2, out=tmp_path / "run", workers=1),
+                  after_backward=at_step(2, kill_loader))
     status, output = forked(killed)
     assert status == 2 and re.search("error: --workers: DataLoader worker .* The same command goes on from the", output)
     assert state_of(tmp_path / "run")["step"] == 2
@@ -283,9 +282,9 @@ def torchrun(folder, *argv, do=None, agents=1, restarts=0):
 
     Two agents have a rank each, as on two nodes."""
     script, here = folder / "script.py", [str(SCRIPT.parent), str(Path(__file__).parent)]
-    hook = f"test_resume.at_step(5, test_resume.{do.__name__})" if do else ""
-    script.write_text(f"import sys\nsys.path[:0] = {here}\nimport test_resume, train\n{hook}\n"
-                      "train.run_cli(train.main)\n")
+    hook = f"test_resume.at_step(5, test_resume.{do.__name__})" if do else None
+    script.write_text(f"import sys\nsys.path[:0] = {here}\nimport test_resume, train\n"
+                      f"train.run_cli(lambda: train.main(after_backward={hook}))\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -349,7 +348,7 @@ def test_ctrl_c_under_torchrun_saves_and_one_rank_goes_on(argv, whole, tmp_path)
     run = tmp_path / "run"
     _, errors = torchrun(tmp_path, *argv, "--out", run, "--save-every", 100, do=press_ctrl_c)
     assert "[rank" not in errors                                       # no traceback of a rank
-    assert state_of(run)["step"] == 7 and [line["step"] for line in log_of(run)] == list(range(1, 8))
+    assert state_of(run)["step"] == 6 and [line["step"] for line in log_of(run)] == list(range(1, 7))
     run_train(*argv, "--out", run)
     assert [x["loss"] for x in log_of(run)] == pytest.approx([x["loss"] for x in log_of(whole)], rel=1e-4)
 

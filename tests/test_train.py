@@ -17,12 +17,14 @@ import data
 import train
 from data import TASKS
 from lib import loop
+from lib.autoencoder import load_vae
 from lib.checkpoints import check_same_config, flat, read_config, shown
 from lib.files import UserError, file_hash
 from lib.media import to_tensor, write_animation
+from lib.stages import load_base
 from lib.towers import load_tower
 from lib.weights import identity, load_fitting, save_model
-from model import PRESETS, RDTF, Config, load_rdtf, load_vae, preset
+from model import PRESETS, RDTF, Config, load_rdtf, preset
 from sample import Sampler
 from train import TrainConfig
 
@@ -47,9 +49,15 @@ def log_of(run, free=("clips_per_s", "cpu_s", "save_s", "peak_mb")):
 
 def stage_of(run):
     """The DFGN stage of a run, prepared."""
-    stage = train.DFGNStage(TrainConfig(**read_config(run)["train"]), 0, 1, torch.device("cpu"))
+    stage = make_stage(TrainConfig(**read_config(run)["train"]))
     stage.prepare()
     return stage
+
+
+def make_stage(config):
+    """The stage of a configuration, on one process of a CPU."""
+    stickers = data.StickerSet(config.data, "train")
+    return train.STAGES[config.stage](config, preset(config.preset, config.set), stickers, 0, 1, torch.device("cpu"))
 
 
 def assert_same(a, b):
@@ -161,7 +169,7 @@ def test_precision_is_tried_once(dfgn_argv, tmp_path, monkeypatch, capsys):
 # ---- draws
 def draws(count=4000, p=np.full(6, 1 / 6), real=8, config=TrainConfig()):  # noqa: B008
     chances = data.rng_for(config.seed, 3, 0, 1).random((count, 4))
-    return [train.draw_condition(config, p, u, real, 8, 1000) for u in chances]
+    return [data.draw_condition(config, p, u, real, 8, 1000) for u in chances]
 
 
 def test_shares_of_dropped_conditions():
@@ -189,7 +197,7 @@ def test_tasks_are_drawn_by_their_probabilities():
 
 
 def test_frames_of_a_step_and_learning_rate():
-    plans = [train.step_frames(TrainConfig(still_share=0.3), s, 8) for s in range(8000)]
+    plans = [data.draw_frames(TrainConfig(still_share=0.3), s, 8) for s in range(8000)]
     frames, times = np.array(plans).T
     assert (times == np.where(frames == 1, 8, 1)).all() and set(frames) == {1, *range(3, 9)}
     assert [part.mean() for part in np.split(frames == 1, 4)] == pytest.approx([0.3] * 4, abs=0.04)
@@ -197,7 +205,7 @@ def test_frames_of_a_step_and_learning_rate():
     assert [np.mean(frames[frames > 1] == k) for k in range(3, 8)] == pytest.approx([0.1] * 5, abs=0.02)
     for policy in ("full", "sample"):
         whole = TrainConfig(frames=policy, still_share=0)
-        assert {train.step_frames(whole, s, 8) for s in range(50)} == {(8, 1)}
+        assert {data.draw_frames(whole, s, 8) for s in range(50)} == {(8, 1)}
     cosine, constant = (TrainConfig(steps=100, warmup=10, lr=2.0, lr_schedule=s) for s in ("cosine", "constant"))
     assert [train.learning_rate(constant, s) for s in (0, 4, 9, 50, 99)] == pytest.approx([0.2, 1, 2, 2, 2])
     assert train.learning_rate(cosine, 50) == pytest.approx(1) and train.learning_rate(cosine, 99) < 0.001
@@ -263,7 +271,7 @@ def test_two_sets_sheets_on_the_way_and_words_that_were_not_trained(dfgn_argv, s
     assert [path.name for path in sheets] == ["samples-000004.png", "samples-000006.png"]
     assert sheets[0].read_bytes() != sheets[1].read_bytes()
     stage = stage_of(run)
-    seen = {stage.stickers.records[i]["file"] for step in stage.batches(0) for i in step[2][:, 2].tolist()}
+    seen = {stage.stickers.records[i]["file"] for step in stage.batches(0) for i in step[1][:, 2].tolist()}
     assert any(file.endswith(".gif") for file in seen) and any(file.startswith("synthetic") for file in seen)
     net, _ = load_rdtf(run / "model.safetensors")
     with torch.no_grad():
@@ -278,22 +286,22 @@ def test_a_run_starts_from_anothers_weights(dfgn_argv, tiny_dfgn, tmp_path):
         torch.testing.assert_close(state_of(run)[part], state_of(tiny_dfgn)["ema"], rtol=0, atol=1e-7)
     assert read_config(run)["inputs"]["base"] == identity(base)
     with pytest.raises(UserError, match=f"--base {base}: trained with another VAE"):
-        train.load_base(base, PRESETS["tiny"], ["another"], None)
+        load_base(TrainConfig(base=str(base)), PRESETS["tiny"], ["another"], None)
 
 
 def test_what_does_not_fit_starts_anew(tiny_dfgn, capsys):
     """As the known frames' encoder of weights from before it was widened."""
     net, other = (load_rdtf(tiny_dfgn / "model.safetensors")[0] for _ in range(2))
-    theirs = {k: w + 1 for k, w in net.state_dict().items() if not k.startswith("dfgn.known.attn.")}
-    theirs["dfgn.known.widen.weight"] = torch.zeros(3, 3)
+    theirs = {k: w + 1 for k, w in net.state_dict().items() if not k.startswith("dfgn.stem.known.attn.")}
+    theirs["dfgn.stem.known.widen.weight"] = torch.zeros(3, 3)
     load_fitting(other, theirs, "old.safetensors", True)
     for name, w in other.state_dict().items():
-        new = name.startswith("dfgn.known.attn.") or name == "dfgn.known.widen.weight"
+        new = name.startswith("dfgn.stem.known.attn.") or name == "dfgn.stem.known.widen.weight"
         assert torch.equal(w, net.state_dict()[name] if new else theirs[name])
     said = capsys.readouterr().out
-    assert "--base old.safetensors: " in said and "anew: dfgn.known.widen, dfgn.known.attn.to_q, " in said
+    assert "--base old.safetensors: " in said and "anew: dfgn.stem.known.widen, dfgn.stem.known.attn.to_q, " in said
     with pytest.raises(UserError, match="--base x: only .* of the parameters are there"):
-        load_fitting(other, {"dfgn.stem.bias": theirs["dfgn.stem.bias"]}, "x", True)
+        load_fitting(other, {"dfgn.stem.conv.bias": theirs["dfgn.stem.conv.bias"]}, "x", True)
 
 
 def test_a_tuned_decoder_keeps_the_latents(vae_argv, dfgn_argv, tiny_vae, tiny_dfgn, stickers16, tmp_path):
@@ -319,9 +327,9 @@ def test_the_decoders_noise_is_half_normal(vae_argv):
     c = TrainConfig(stage="vae", preset="tiny", data=[str(vae_argv[vae_argv.index("--data") + 1])], batch=400, steps=1)
     scales = []
     for fields in ([], ["vae.latent_noise=0.5"]):
-        stage = train.VAEStage(replace(c, set=fields), 0, 1, torch.device("cpu"))
+        stage = make_stage(replace(c, set=fields))
         stage.network(fresh=False)
-        (_, batch, _), = stage.batches(0)
+        (batch, _), = stage.batches(0)
         scales.append(batch["noise_std"])
         assert batch["noise_std"].shape == (400, 1, 1, 1) and batch["noise"].std().item() == pytest.approx(1, abs=0.02)
     assert not scales[0].any() and scales[1].min() >= 0
@@ -361,21 +369,20 @@ def test_every_option_may_change_or_may_not(tiny_dfgn):
 
 
 @pytest.mark.parametrize("what, bad", [("loss", 1), ("gradient", 0)])
-def test_values_that_are_not_finite_stop(what, bad, dfgn_argv, tmp_path, monkeypatch):
+def test_values_that_are_not_finite_stop(what, bad, dfgn_argv, tmp_path):
     """Their samples are named, the last checkpoint stays."""
-    run, plain = tmp_path / "run", train.Trainer.backward
+    run = tmp_path / "run"
 
-    def poisoned(self, batch):
-        losses, norm = plain(self, batch)
-        if self.step == 1 and what == "loss":
+    def poison(step, net, losses):
+        if step == 1 and what == "loss":
             losses[2] = np.nan
-        return losses, np.inf if self.step == 1 and what == "gradient" else norm
-    monkeypatch.setattr(train.Trainer, "backward", poisoned)
+        elif step == 1:
+            net.dfgn.conv_out.bias.grad[0] = np.inf
     with pytest.raises(UserError, match=f"{what} is not finite at step 1 .{bad} of 4 losses") as stop:
-        run_train(*options(dfgn_argv, steps=3, out=run, still_share=0, save_every=1))
+        run_train(*options(dfgn_argv, steps=3, out=run, still_share=0, save_every=1), after_backward=poison)
     stage = stage_of(run)
     stage.curriculum.load_state_dict(state_of(run)["curriculum"])
-    task, t, index, _ = next(stage.batches(1))[2][2].tolist()
+    task, t, index, _ = next(stage.batches(1))[1][2].tolist()
     caption, line = stage.stickers.records[index]["caption"], stage.stickers.records.rows[index] + 1
     assert f"line {line}, {caption!r}, {TASKS[task]} at timestep {t}" in str(stop.value)
     assert str(stop.value).count(" at timestep ") == (bad or 3)

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from data import tokenize
 from lib import towers
 from lib import weights as W
+from lib.autoencoder import SD_VAE, load_vae
 from lib.files import UserError, file_hash
-from model import PRESETS, RDTF, SD_VAE, Config, load_rdtf, load_vae
+from model import PRESETS, RDTF, Config, load_rdtf
 
 
 class Code:

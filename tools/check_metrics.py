@@ -18,9 +18,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from data import StickerSet  # noqa: E402
-from evaluate import DISTANCES, DISTANT, pick, read_clips, to_bytes  # noqa: E402
+from evaluate import DISTANCES, DISTANT, pick, read_clips, to_white  # noqa: E402
 from lib.clip import clip_scores  # noqa: E402
-from lib.distances import on_white  # noqa: E402
 from lib.dover import dover_fuse  # noqa: E402
 from lib.files import UserError, run_cli  # noqa: E402
 from lib.tables import markdown  # noqa: E402
@@ -113,10 +112,10 @@ def scores(extractors, clips, captions, concepts):
 def react(stickers, extractors, n, seed):
     """({metric: {"real" or damage: [values by strength]}}, number of clips of distances, of scores) of one seed."""
     rng, values = np.random.default_rng(seed), defaultdict(lambda: defaultdict(list))
-    reference, others = (to_bytes(on_white(read_clips(stickers, half, T)))
+    reference, others = (to_white(read_clips(stickers, half, T))
                          for half in split_concepts(stickers, n, rng))
     held_out = pick(stickers, HELD_OUT, T, seed, stickers.split != "train")
-    shown = to_bytes(on_white(read_clips(stickers, held_out, T)))
+    shown = to_white(read_clips(stickers, held_out, T))
     words = np.array([[r["caption"], r["concept"]] for r in held_out])      # (n, 2): a caption goes with its concept
     distant, single = ([x for x in extractors if (x.name in DISTANT) == wanted] for wanted in (True, False))
     real = features(distant, reference)
@@ -138,7 +137,6 @@ def react(stickers, extractors, n, seed):
 
 def main():
     args = evaluate.parse(["--n", "400", "--out", "out/check-metrics.json", *sys.argv[1:]])
-    evaluate.check(args)
     args.data = args.data or "data/fluent"
     stickers = StickerSet(args.data, groups=args.groups)
     extractors = evaluate.extractors(args, T, stickers.concepts)

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.files import UserError, run_cli  # noqa: E402
 from lib.options import check_least, check_words, parse_fields  # noqa: E402
+from lib.text import END  # noqa: E402
 from lib.towers import LENGTH  # noqa: E402
-from model import END, RDTF, VAE, Layer, count, preset  # noqa: E402
+from model import RDTF, VAE, Layer, count, preset  # noqa: E402
 
 
 @dataclass
@@ -67,7 +68,7 @@ def example(stage, config, n, checkpointing=False):
         return net, lambda: net(x, torch.zeros(n, 3), noise).mean()
     net, z, mask = RDTF(config), torch.zeros(n, T, v.latent_channels, v.side, v.side), torch.ones(n, T)
     net.dfgn.checkpointing = checkpointing
-    tokens = torch.full((n, LENGTH), END) if net.text else torch.zeros(n, LENGTH, config.text.width)
+    tokens = torch.full((n, LENGTH), END) if net.text else torch.ones(n, LENGTH, config.text.width)
     if net.text:
         tokens[:, :-1] = 1                       # captions as long as they can be
     return net, lambda: net(z, tokens, torch.zeros(n, dtype=torch.int64), torch.zeros_like(z), mask, mask).mean()

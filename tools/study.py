@@ -80,7 +80,6 @@ def make_page(folders, out, options):
     methods = [Path(folder).resolve().name for folder in folders]
     check_methods(methods)                       # before the sampling, which takes minutes
     args = evaluate.parse(["--n", "20", "--tasks", "it2v", *options])
-    evaluate.check(args)
     runs, inputs = [evaluate.Run(folder, args) for folder in folders], []
     sizes = {(run.sampler.T, run.sampler.size) for run in runs}
     require(len(sizes) == 1, f"page {' '.join(folders)}: frames and pixels differ, {sorted(sizes)}")

@@ -16,9 +16,10 @@ from tqdm import trange
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import StickerSet, rng_for  # noqa: E402
+from data import StickerSet  # noqa: E402
 from lib.cpu import keep_memory  # noqa: E402
 from lib.distances import bootstrap, on_white, to_signed  # noqa: E402
+from lib.draws import rng_for  # noqa: E402
 from lib.files import UserError, check_outputs, run_cli  # noqa: E402
 from lib.judge import Judge  # noqa: E402
 from lib.sources import split_of  # noqa: E402

