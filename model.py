@@ -107,7 +107,7 @@ def sinusoid(positions, width):
 
 
 # ---- layers of the DFGN
-class Clip:
+class ClipContext:
     """What every layer of one forward pass shares: the sizes, the mask of real frames, time and text."""
 
     def __init__(self, loss_mask, time, context, context_mask):
@@ -282,19 +282,19 @@ class Layer(nn.Module):
 
     The bases of the compared methods have no STI: it normalises at its end, so that none is an identity at first."""
 
-    def __init__(self, cin, cout, time_width, c, attend):
+    def __init__(self, cin, cout, time_width, c, transformers):
         super().__init__()
         self.resnet = Resnet(cin, cout, time_width, c.groups)
         self.sti = {"sti": STI, "conv3d": Conv3D}[c.temporal](cout, c) if c.temporal != "none" else None
-        if attend:
+        if transformers:
             self.spatial = SpatialTransformer(cout, c)
             self.temporal = TemporalTransformer(cout, cout // c.head_dim, c.head_dim, c)
-        self.attend = attend
+        self.has_transformers = transformers
 
     def forward(self, x, clip):
         x = self.resnet(x, clip)
         x = self.sti(x, clip) if self.sti else x
-        return self.temporal(self.spatial(x, clip), clip) if self.attend else x
+        return self.temporal(self.spatial(x, clip), clip) if self.has_transformers else x
 
 
 def fill_weights(cond_mask, count):
@@ -355,7 +355,8 @@ class DFGN(nn.Module):
     """Discrete Frame Generation Network (paper Fig. 1): a UNet over the latents of a clip.
 
     forward: z_t (B, T, c, h, w) noisy latents, t (B,) int64, context (B, L, D) text features, known (B, T, c, h, w)
-    latents of the given frames, cond_mask and loss_mask (B, T) -> prediction (B, T, c, h, w).
+    latents of the given frames, cond_mask and loss_mask (B, T) -> prediction (B, T, c, h, w). Level i is (B*T,
+    widths[i], h / 2**i, w / 2**i); what stem, layers and halvings give on the way down is a skip on the way up.
 
     checkpointing: keep each layer's input alone for the backward pass, which computes the rest again."""
 
@@ -370,7 +371,7 @@ class DFGN(nn.Module):
         self.stem_temporal = TemporalTransformer(w[0], c.stem_heads, c.head_dim, c)
 
         def make(cin, cout, level):
-            return Layer(cin, cout, wide, c, attend=level < n - 1)
+            return Layer(cin, cout, wide, c, transformers=level < n - 1)
         self.down, self.downsamplers = nn.ModuleList(), nn.ModuleList()
         skips, width = [w[0]], w[0]
         for level in range(n):
@@ -381,7 +382,7 @@ class DFGN(nn.Module):
             if level < n - 1:
                 self.downsamplers.append(Conv3x3(width, width, stride=2))
                 skips.append(width)
-        self.mid = nn.ModuleList(Layer(width, width, wide, c, attend=attend) for attend in (True, False))
+        self.mid = nn.ModuleList(Layer(width, width, wide, c, transformers=has) for has in (True, False))
         self.up, self.upsamplers = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(n)):
             layers = []
@@ -408,7 +409,7 @@ class DFGN(nn.Module):
         return layer(x, clip)
 
     def forward(self, z_t, t, context, known, cond_mask, loss_mask, context_mask=None):
-        clip = Clip(loss_mask, self.embed_time(t, context, context_mask), context, context_mask)
+        clip = ClipContext(loss_mask, self.embed_time(t, context, context_mask), context, context_mask)
         x = self.run(self.stem_temporal, self.stem(z_t, known, cond_mask, clip), clip)
         skips = [x]
         for level, layers in enumerate(self.down):

@@ -200,7 +200,7 @@ class DFGNStage(Stage):
             return clips["tokens"].where(has_text[:, None], data.tokenize([""]))
         return torch.from_numpy(self.features[clips["text_row"] * has_text].astype(np.float32))
 
-    def finish(self, weights):
+    def export(self, weights):
         c, tower = self.config, dict(text=self.tower) if self.tower else {}
         facts = dict(vae=self.inputs["vae"], vae_file=str(c.vae), **tower)
         if c.method != "rdtf":

@@ -83,7 +83,7 @@ class VAEMid(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Sampler(nn.Module):
+class Resample(nn.Module):
     """Stride-2 convolution (padded right and below alone, as latent diffusion does), or nearest and convolution."""
 
     def __init__(self, width, up):
@@ -102,7 +102,7 @@ class VAELevel(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(VAEResnet(cin if i == 0 else cout, cout, groups) for i in range(layers))
         if sampler:
-            setattr(self, sampler, nn.ModuleList([Sampler(cout, up=sampler == "upsamplers")]))
+            setattr(self, sampler, nn.ModuleList([Resample(cout, up=sampler == "upsamplers")]))
         self.sampler = sampler
 
     def forward(self, x):

@@ -161,7 +161,7 @@ def add_lora(attention, rank):
 def layers(dfgn):
     """All layers of a DFGN, and those with transformers: not the ones of the lowest level."""
     found = [layer for level in (*dfgn.down, dfgn.mid, *dfgn.up) for layer in level]
-    return found, [layer for layer in found if layer.attend]
+    return found, [layer for layer in found if layer.has_transformers]
 
 
 def skip_temporal(dfgn):

@@ -69,7 +69,7 @@ class Run:
 
     def write_model(self, step):
         """Write model.safetensors. -> a line on it."""
-        weights, extra, line = self.stage.finish(self.parts["ema"].weights)
+        weights, extra, line = self.stage.export(self.parts["ema"].weights)
         facts = dict(kind=self.config.stage, step=step, config=self.stage.preset.to_dict())
         save_model(self.folder / "model.safetensors", weights, **{**facts, **extra})
         return line

@@ -71,7 +71,7 @@ class VAEStage(Stage):
                          noise_std=std)
             yield batch, torch.tensor([[0, 0, i, 1] for i in index])
 
-    def finish(self, weights):
+    def export(self, weights):
         """(EMA weights with the latents' statistics, metadata, a line on the held-out PSNR)."""
         vae = VAE(self.preset.vae).to(self.device).eval()
         vae.load_state_dict(weights)

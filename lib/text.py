@@ -42,8 +42,7 @@ class TextEncoder(nn.Module):
     def unknown(self, prompt):
         """(words of a prompt that were not trained on, whether any piece of one was)."""
         def known(text):
-            tokens = torch.tensor(clip_tokenizer().encode(text), dtype=torch.long)
-            return self.knows(tokens)
+            return self.knows(torch.tensor(clip_tokenizer().encode(text), device=self.vocabulary.device).long())
         words = [word for word in prompt.split() if not known(word).all()]
         return words, not prompt or bool(known(prompt).any())
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -103,12 +104,14 @@ class MiniLM(nn.Module):
         return F.pad(torch.cat([first[:, None], rest], 1), (0, 0, 0, self.length - 1 - tokens.shape[1]))
 
     def unknown(self, text):
-        """(words of a text that it cannot read, of other letters than Latin ones or of no piece that it has, whether it
-        reads any)."""
+        """(words of a text that it does not read: of other letters than Latin ones, of no piece that it has, or behind
+        the cut; whether it reads any)."""
+        end = max(stop for _, stop in self.pieces.encode(text).offsets)
+
         def reads(word):
             foreign = any(c.isalpha() and not unicodedata.name(c, "").startswith("LATIN") for c in word)
             return not foreign and set(self.pieces.encode(word).ids) - {CLS, SEP, UNK}
-        words = [word for word in text.split() if not reads(word)]
+        words = [m[0] for m in re.finditer(r"\S+", text) if m.start() >= end or not reads(m[0])]
         return words, not text or len(words) < len(text.split())
 
 

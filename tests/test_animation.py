@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from composer import random_apng, random_gif
 from PIL import Image
 
 from lib.files import UserError
@@ -181,3 +182,13 @@ def test_what_is_cut_off():
             read_animation(content[:-trailer - 20])
     with pytest.raises(UserError, match="chunk b'fdAT' is cut off or damaged"):
         read_animation(content[:-trailer - 10] + b"?" + content[-trailer - 9:])
+
+
+@pytest.mark.parametrize("draw", [random_gif, random_apng])
+def test_random_files_equal_an_independent_composer(draw):
+    rng = np.random.default_rng(0)
+    for _ in range(600):
+        content, want = draw(rng)
+        found, _ = read_animation(content)
+        assert found.shape == want.shape and np.array_equal(found[..., 3], want[..., 3])
+        assert np.array_equal(found * (want[..., 3:] > 0), want * (want[..., 3:] > 0))

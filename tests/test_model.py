@@ -15,7 +15,7 @@ from lib.cpu import Conv3x3, Linear, attend
 from lib.files import UserError
 from lib.text import END, TextEncoder
 from lib.weights import SD_SCALE
-from model import DFGN, PRESETS, RDTF, Clip, Config, Diffusion, DiffusionConfig
+from model import DFGN, PRESETS, RDTF, ClipContext, Config, Diffusion, DiffusionConfig
 
 TINY, TINY_VAE = PRESETS["tiny"].dfgn, PRESETS["tiny"].vae
 BOTH = pytest.mark.parametrize("temporal", ["sti", "conv3d"])
@@ -187,7 +187,7 @@ def test_sines_and_cosines_of_a_number():
 
 def test_sti_by_hand():
     sti = model.STI(8, TINY)
-    x, clip = normal(6, 8, 4, 4), Clip(torch.ones(1, 6), None, None, None)
+    x, clip = normal(6, 8, 4, 4), ClipContext(torch.ones(1, 6), None, None, None)
     with torch.no_grad():
         assert torch.allclose(sti(x, clip), sti.norm_out(x), atol=1e-6)         # both branches start as nothing
         randomise(sti)
@@ -207,7 +207,7 @@ def test_temporal_convolution_is_conv3d(depthwise):
     h = F.silu(layer.norm(x)).unflatten(0, (2, 5)) * mask[:, :, None, None, None]
     want = F.conv3d(h.transpose(1, 2), layer.conv.weight, layer.conv.bias, padding=(1, 0, 0), groups=layer.conv.groups)
     with torch.no_grad():
-        got = layer(x, Clip(mask, None, None, None))
+        got = layer(x, ClipContext(mask, None, None, None))
         assert torch.allclose(got, want.transpose(1, 2).flatten(0, 1), atol=1e-6)
 
 
@@ -339,7 +339,7 @@ def test_text_alone_is_what_it_was():
 
 
 def test_the_known_frames_encoder_has_a_skip_and_both_its_branches_live():
-    encoder, clip = model.KnownEncoder(16), Clip(torch.ones(1, 4), None, None, None)
+    encoder, clip = model.KnownEncoder(16), ClipContext(torch.ones(1, 4), None, None, None)
     known, cond = latents(1, 4), torch.tensor([[1.0, 0, 0, 0]])
     with torch.no_grad():
         out = encoder(known, cond, clip)

@@ -10,7 +10,7 @@ from lib import loop, peft
 from lib.files import UserError
 from lib.text import END
 from lib.weights import identity, read_metadata, read_weights
-from model import PRESETS, RDTF, Clip, Config, load_rdtf
+from model import PRESETS, RDTF, ClipContext, Config, load_rdtf
 from sample import Sampler
 
 BASE = replace(PRESETS["tiny-base"], text=replace(PRESETS["tiny-base"].text, vocab=600),
@@ -169,7 +169,7 @@ def test_padding_is_not_seen_and_checkpointing_changes_no_gradient(method):
 def test_i2v_adapter_reads_the_nearest_given_frame():
     masks = torch.tensor([[1, 0, 0, 0, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]])
     assert peft.nearest_given(masks).tolist() == [[0, 0, 0, 4, 4], [2] * 5, [0, 1, 2, 3, 4]]   # a tie: the earlier
-    net, clip = moved(tuned("i2v_adapter")), Clip(torch.ones(2, 4), None, None, None)
+    net, clip = moved(tuned("i2v_adapter")), ClipContext(torch.ones(2, 4), None, None, None)
     assert all("spatial" in name or "stem.condition" in name for name in net.adapter)
     layer = next(m for m in net.modules() if isinstance(m, peft.CrossFrame))
     h = torch.randn(8, 16, BASE.dfgn.widths[0], generator=torch.Generator().manual_seed(3))

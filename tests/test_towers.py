@@ -55,6 +55,7 @@ def test_words_that_it_cannot_read(minilm):
     assert minilm.unknown("a cute dog, ñandú!") == minilm.unknown("") == ([], True)
     assert minilm.unknown("собака dog 狗 🚀") == (["собака", "狗", "🚀"], True)
     assert minilm.unknown("собака 🚀") == (["собака", "🚀"], False)
+    assert minilm.unknown("dog " * 30 + "cat bird") == (["cat", "bird"], True)                  # 30 pieces are read
 
 
 def test_eight_bits():
