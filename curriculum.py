@@ -36,6 +36,8 @@ class Curriculum:
     the run will show; a tenth of a (task, timestep decile)'s share of them is what later ones are divided by."""
 
     def __init__(self, mode="adaptive", steps=1, tasks=(), smooth=None, losses=0):
+        if mode not in MODES:
+            raise UserError(f"--curriculum {mode}: choose one of {', '.join(MODES)}")
         self.mode, self.steps = mode, max(steps, 1)
         self.trained = np.array([not tasks or task in tasks for task in TASKS], float)
         self.smooth = smooth or max(self.steps // 20, WARMUP)
@@ -114,7 +116,8 @@ def read_entropy(log):
 
 def plot(path, log=None):
     from matplotlib.figure import Figure
-    axes = (fig := Figure(figsize=(15, 3.4), layout="constrained")).subplots(1, 4)
+    fig = Figure(figsize=(15, 3.4), layout="constrained")
+    axes = fig.subplots(1, 4)
     for mode, axis in zip(MODES, axes):
         probabilities, entropy = simulate(mode)
         for task, p in zip(TASKS, probabilities.T):
@@ -124,9 +127,11 @@ def plot(path, log=None):
     steps, measured = read_entropy(log) if log else ([], {})
     for (name, values), style in zip(measured.items(), ("k", "k:")):
         axes[3].plot(np.array(steps) / steps[-1], values, style, label=f"{name}, measured")
-    axes[2].legend(fontsize=7), axes[3].legend(fontsize=7, title="expected sample entropy H")
+    axes[3].set_title("expected sample entropy H")
+    axes[2].legend(fontsize=7), axes[3].legend(fontsize=7)
     fig.supxlabel("share of the training")
-    fig.savefig(file := io.BytesIO(), dpi=110, format="png"), write_bytes(path, file.getvalue())
+    fig.savefig(file := io.BytesIO(), dpi=110, format="png")
+    write_bytes(path, file.getvalue())
 
 
 def main(argv=None):

@@ -214,6 +214,12 @@ class StickerTexts(Sequence):
     def __init__(self, stickers, variants, seed, word_dropout, keywords):
         self.stickers, self.variants, self.seed, self.chances = stickers, variants, seed, (word_dropout, keywords)
 
+    @property
+    def made_of(self):
+        """All that the texts depend on, as JSON has it."""
+        groups = self.stickers.arguments[2] or []
+        return [self.stickers.meta["hash"], sorted(groups), self.variants, self.seed, *self.chances]
+
     def row(self, i, rng):
         """The row of a variant of sticker i, drawn."""
         return 1 + i * self.variants + int(rng.integers(self.variants))

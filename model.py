@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lib.autoencoder import SD_VAE, VAE, VAEConfig
 from lib.cpu import Conv3x3, Linear
 from lib.files import UserError
-from lib.layers import GEGLU, Attention, zero_
+from lib.layers import GEGLU, Attention, masked_mean, zero_
 from lib.options import apply_changes, check_config, check_value, dataclass_from_dict
 from lib.text import TextEncoder
 from lib.weights import load_model
@@ -399,8 +399,8 @@ class DFGN(nn.Module):
     def embed_time(self, t, context, context_mask):
         emb = self.time(sinusoid(t, self.config.widths[0]).to(context.dtype))
         if self.text_pool is not None:
-            mask = torch.ones_like(context[..., 0]) if context_mask is None else context_mask.to(context.dtype)
-            emb = emb + self.text_pool((context * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+            mask = torch.ones_like(context[..., 0]) if context_mask is None else context_mask
+            emb = emb + self.text_pool(masked_mean(context, mask))
         return F.silu(emb)
 
     def run(self, layer, x, clip):

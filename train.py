@@ -153,9 +153,8 @@ class DFGNStage(Stage):
         self.latents = data.cache_latents(c.data, self.vae.to(self.device), self.inputs["vae"])
         if self.tower:
             self.texts = data.StickerTexts(self.stickers, c.text_variants, c.seed, c.word_dropout, c.keywords)
-            made_of = [self.inputs["data"], sorted(c.groups), c.text_variants, c.seed, c.word_dropout, c.keywords]
             width = self.preset.text.width
-            self.features = cache_features(c.data[0], made_of, self.tower, width, self.texts, self.device)
+            self.features = cache_features(c.data[0], self.tower, width, self.texts, self.device)
 
     def network(self, fresh):
         net = RDTF(self.preset)

@@ -13,6 +13,12 @@ def zero_(module):
     return module
 
 
+def masked_mean(x, mask):
+    """x (B, L, D), mask (B, L) -> the mean over the places where the mask is true (B, D)."""
+    mask = mask.to(x.dtype)
+    return (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
 def nearest_given(cond_mask):
     """(..., T) mask -> (..., T) number of each frame's nearest given frame (ties: the earlier), or its own."""
     places = torch.arange(cond_mask.shape[-1], device=cond_mask.device)

@@ -225,8 +225,9 @@ def inject(net, method, rank=16, absorber=None):
     ATTACH[method](net.dfgn, rank)
     if method != "appearance_lora":
         net.dfgn.stem = ConditionedStem(net.dfgn.stem)
-        for layer in layers(net.dfgn)[1]:
-            layer.spatial.given = net.dfgn.stem.given
+        for module in net.modules():
+            if isinstance(module, CrossFrame):
+                module.given = net.dfgn.stem.given
     net.adapter = [name for name in added() if method != "customize_a_video" or name not in first]
 
 

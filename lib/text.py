@@ -3,11 +3,10 @@ import torch
 import torch.nn as nn
 
 from lib.layers import GEGLU, Attention
-from lib.towers import clip_tokenizer
+from lib.towers import MiniLM, clip_tokenizer
 
 END = 49407                                      # open_clip's token after a caption
 UNKNOWN = 258                                    # its token of the word "#"
-MINILM_WIDTH = 384                               # of a MiniLM's features
 
 
 class TextEncoder(nn.Module):
@@ -23,7 +22,7 @@ class TextEncoder(nn.Module):
             self.token = nn.Embedding(c.vocab, c.width)
             self.position = nn.Parameter(torch.randn(c.length, c.width) * 0.02)
             nn.init.normal_(self.token.weight, std=0.3)  # captions are told apart by their words from the first step
-        self.project = nn.Linear(MINILM_WIDTH, c.width) if c.kind == "minilm" else None
+        self.project = nn.Linear(MiniLM.width, c.width) if c.kind == "minilm" else None
         self.norms = nn.ModuleList(nn.LayerNorm(c.width) for _ in range(2 * c.layers))
         self.attns = nn.ModuleList(Attention(c.width, max(c.width // 32, 1), 32) for _ in range(c.layers))
         self.ffs = nn.ModuleList(GEGLU(c.width, 2) for _ in range(c.layers))

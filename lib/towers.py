@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.files import UserError, cache_path, file_hash, first_line, json_hash, rows
+from lib.layers import masked_mean
 from lib.weights import identity, load_strict, read_own, read_weights
 
 VOCAB, LENGTH = 49408, 77                        # of CLIP's tokenizer
@@ -93,8 +94,7 @@ class MiniLM(nn.Module):
 
     def sentence(self, hidden, tokens):
         """Mean of a text's pieces (B, width): the direction of it is what the published network was trained for."""
-        mask = (tokens > 0)[..., None]
-        return (hidden * mask).sum(1) / mask.sum(1)
+        return masked_mean(hidden, tokens > 0)
 
     def forward(self, tokens):
         """tokens (B, L) -> features (B, length, width); rows behind a text's end are zero."""
@@ -243,12 +243,12 @@ def load_tower(path, name):
 
 
 @torch.no_grad()
-def cache_features(folder, made_of, tower, width, texts, device, batch=64):
+def cache_features(folder, tower, width, texts, device, batch=64):
     """Features (n, length, width) float16 of n texts by a tower as name_tower names it, cached in a set's folder.
 
-    made_of: all else that the texts depend on. UserError: the disk has no room for them."""
+    texts: data.StickerTexts. UserError: the disk has no room for the features."""
     net = functools.cache(lambda: load_tower(tower["file"], tower["model"]).to(device))   # if anything is missing
-    path = cache_path(folder, "text", [tower["hash"], *made_of])
+    path = cache_path(folder, "text", [tower["hash"], *texts.made_of])
     shape = (MiniLM.length, WIDTH) if tower["model"] == "minilm" else (LENGTH, width)
     need, free, part = 2 * len(texts) * math.prod(shape), shutil.disk_usage(folder).free, Path(f"{path}.part")
     free += part.stat().st_size if part.is_file() else 0     # of an interrupted run

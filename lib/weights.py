@@ -215,9 +215,9 @@ def read_own(path, kind, advice):
 
 def current(name):
     """The name that a weight of a file from before the stem was a module has now."""
-    for old, new in (("dfgn.known.", "dfgn.stem.known."), ("dfgn.stem.", "dfgn.stem.conv."),
-                     ("dfgn.condition.conv.", "dfgn.stem.condition.")):
-        if name.startswith(old) and name.removeprefix("dfgn.stem.") in (name, "weight", "bias"):
+    for old, new in (("dfgn.known.", "dfgn.stem.known."), ("dfgn.condition.conv.", "dfgn.stem.condition."),
+                     ("dfgn.stem.weight", "dfgn.stem.conv.weight"), ("dfgn.stem.bias", "dfgn.stem.conv.bias")):
+        if name.startswith(old):
             return new + name.removeprefix(old)
     return name
 

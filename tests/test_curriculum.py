@@ -8,6 +8,7 @@ from PIL import Image
 import curriculum
 from curriculum import Curriculum, simulate
 from data import TASKS, unknown_share
+from lib.files import UserError
 
 
 def feed(c, values):
@@ -117,3 +118,5 @@ def test_the_plot(tmp_path, monkeypatch):
     curriculum.main(["--plot", str(plot), "--log", str(log)])
     with Image.open(plot) as image:
         assert image.format == "PNG" and image.width > 800
+    with pytest.raises(UserError, match="--curriculum fast.*none, linear, adaptive"):
+        Curriculum("fast")

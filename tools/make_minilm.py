@@ -58,15 +58,20 @@ def named(theirs, length):
 
 
 @torch.no_grad()
-def statistics(net, texts):
-    """Mean and deviation of the word pieces' features, centre and whitening matrix of the sentences'."""
+def encode(net, texts):
+    """Features of all word pieces of the texts (pieces, width), and the texts' sentences (texts, width)."""
     pieces, sentences = [], []
     for i in range(0, len(texts), 64):
         tokens = net.read(texts[i:i + 64])
         hidden = net.hidden(tokens)
         pieces.append(hidden[tokens > 0])
         sentences.append(net.sentence(hidden, tokens))
-    pieces, sentences = torch.cat(pieces).double(), torch.cat(sentences).double()
+    return torch.cat(pieces), torch.cat(sentences)
+
+
+def statistics(pieces, sentences):
+    """Mean and deviation of the word pieces' features, centre and whitening matrix of the sentences'."""
+    pieces, sentences = pieces.double(), sentences.double()
     values, vectors = torch.linalg.eigh(sentences.T.cov())
     whiten = vectors / (values + RIDGE * values.mean()).sqrt()
     std = pieces.std(0)
@@ -87,15 +92,10 @@ def main(argv=None):
     net = MiniLM(vocabulary).eval()
     weights = named(published, len(net.position))
     net.load_state_dict(weights, strict=False)
-    found = {name: w.float() for name, w in statistics(net, texts).items()}
+    pieces, sentences = encode(net, texts)
+    found = {name: w.float() for name, w in statistics(pieces, sentences).items()}
     save_model(args.out, pack(weights | found), kind="minilm", vocabulary="\n".join(vocabulary))
-    packed, cosines = load_minilm(args.out), []
-    with torch.no_grad():
-        for i in range(0, len(texts), 64):
-            tokens = net.read(texts[i:i + 64])
-            pair = [each.sentence(each.hidden(tokens), tokens) for each in (net, packed)]
-            cosines.append(torch.cosine_similarity(*pair))
-    cosines = torch.cat(cosines)
+    cosines = torch.cosine_similarity(sentences, encode(load_minilm(args.out), texts)[1])
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB; {len(texts)} sentences in 8 bits: cosine to "
           f"float32's {cosines.mean():.5f}, {cosines.min():.5f} at least")
 

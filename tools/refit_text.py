@@ -20,8 +20,8 @@ import data  # noqa: E402
 from lib.autoencoder import load_vae  # noqa: E402
 from lib.draws import rng_for  # noqa: E402
 from lib.files import UserError, check_outputs, run_cli  # noqa: E402
-from lib.text import MINILM_WIDTH  # noqa: E402
-from lib.towers import cache_features, name_minilm  # noqa: E402
+from lib.layers import masked_mean  # noqa: E402
+from lib.towers import MiniLM, cache_features, name_minilm  # noqa: E402
 from lib.weights import find_file, save_model  # noqa: E402
 from model import RDTF, TextConfig, load_rdtf  # noqa: E402
 
@@ -56,7 +56,7 @@ def record(net, vae, stickers, latents, stills, batch, seed):
         texts = [r["caption"] if i >= 0 else "" for r, i in zip(records, numbers)]
         context, mask = net.encode_text(data.tokenize(texts))
         net.predict(z_t, t, context, mask, torch.zeros_like(z0), 0 * ones, ones)
-        pooled.append(net.dfgn.text_pool((context * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)))
+        pooled.append(net.dfgn.text_pool(masked_mean(context, mask)))
         chosen.append(numbers)
     for hook in hooks:
         hook.remove()
@@ -83,8 +83,8 @@ def fit(net, seen, pooled, chosen, texts, features, steps, lr, seed):
         for name, module in layers.items():
             x, wanted = (part[some] for part in seen[name][i])
             errors[name] = ((module(x, context, mask) - wanted) ** 2).mean() / variance[name]
-        mean = (context * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-        errors["pooled"] = ((net.dfgn.text_pool(mean) - pooled[i][some]) ** 2).mean() / of_pool
+        found = net.dfgn.text_pool(masked_mean(context, mask))
+        errors["pooled"] = ((found - pooled[i][some]) ** 2).mean() / of_pool
         optimizer.zero_grad()
         sum(errors.values()).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -116,8 +116,8 @@ def main(argv=None):
     stickers = data.StickerSet(args.data, "train")
     latents = data.cache_latents(args.data, vae, found["latents"])
     texts = data.StickerTexts(stickers, args.text_variants, args.seed, args.word_dropout, args.keywords)
-    made_of = [stickers.meta["hash"], [], args.text_variants, args.seed, args.word_dropout, args.keywords]
-    features = cache_features(args.data[0], made_of, name_minilm(), MINILM_WIDTH, texts, torch.device("cpu"))
+    tower = name_minilm()
+    features = cache_features(args.data[0], tower, MiniLM.width, texts, torch.device("cpu"))
     torch.manual_seed(args.seed)
     seen, pooled, chosen = record(old, vae, stickers, latents, args.stills, 128, args.seed)
 
@@ -128,7 +128,7 @@ def main(argv=None):
                         strict=False)
     fit(new, seen, pooled, chosen, texts, features, args.steps, args.lr, args.seed)
     facts = {k: v for k, v in meta.items() if k not in ("config", "text")}
-    save_model(args.out, new.state_dict(), **facts, config=new.config.to_dict(), text=name_minilm())
+    save_model(args.out, new.state_dict(), **facts, config=new.config.to_dict(), text=tower)
     print(args.out)
 
 
