@@ -312,15 +312,17 @@ class ClipDataset(torch.utils.data.Dataset):
     """Training clips by (step, n, T, turn): dict(z (T, C, h, w), noise, loss_mask (T,), draws (4,), n, index, ...).
 
     All functions of (seed, step, n). draws: uniform, for task, condition mask, dropped conditions and timestep; n: real
-    frames; index: the sticker; tokens (77,) of its text or, where there are `texts`, text_row: its row there.
+    frames; index: the sticker; tokens (77,) of its text or, where there are `texts`, text_row: its row there, and
+    text_noise of `feature` standard normal values, a shape.
     turn: earlier steps of this kind, whole clips or single frames; a function of the step (StepSampler).
     latents: (frames, 2, C, h, w), mean and log-variance. texts: StickerTexts to draw from, if texts must be finite.
     Concepts are visited in permuted order, each as often as any other; which of its variants (skin tone, gender) is
     drawn, so that twins do not crowd out the rest. T = 1 gives single frames of any sticker. k "step": clips have T
     frames and come from animated stickers; "sample" (paper): k of 3..T is drawn, a still has one frame; padded to T."""
     def __init__(self, sticker_set, latents, seed, batch, T=8, how="kmeans", k="sample", word_dropout=0.2, keywords=0.5,
-                 texts=None):
+                 texts=None, feature=()):
         self.set, self.latents, self.texts, self.chances = sticker_set, latents, texts, (word_dropout, keywords)
+        self.feature = feature
         self.seed, self.batch, self.T, self.how, self.k = seed, batch, T, how, k
         if not len(sticker_set):
             raise UserError(f"{sticker_set.folder}: no stickers in this split")
@@ -356,6 +358,8 @@ class ClipDataset(torch.utils.data.Dataset):
         z[:len(idx)] = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
         later = rng_for(self.seed, step, n, 1)
         draws, noise = later.random(4), torch.from_numpy(later.standard_normal(z.shape, np.float32))
+        if self.texts:
+            words["text_noise"] = later.standard_normal(self.feature, np.float32)
         return dict(z=torch.from_numpy(z), noise=noise, loss_mask=torch.from_numpy(loss_mask(len(idx), T)), draws=draws,
                     n=len(idx), index=index, **words)
 

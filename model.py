@@ -21,7 +21,7 @@ from lib.cpu import Conv3x3, Linear
 from lib.files import UserError
 from lib.layers import GEGLU, Attention, masked_mean, zero_
 from lib.options import apply_changes, check_config, check_value, dataclass_from_dict
-from lib.text import TextEncoder
+from lib.text import SentenceEncoder, TextEncoder
 from lib.weights import load_model
 
 
@@ -31,8 +31,10 @@ class TextConfig:
     kind: str = "minilm"                  # minilm, open_clip (paper): features of frozen towers are read; small: tokens
     width: int = 256                      # of the features that the DFGN reads; open_clip: the tower's
     layers: int = 2                       # of the transformer, trained with the DFGN, that makes them; open_clip: none
-    vocab: int = 49408                    # tokens with an embedding: open_clip's; train.py takes those of its texts
-    length: int = 77
+    tokens: int = 8                       # minilm: tokens that are made of a sentence
+    concepts: int = 8192                  # minilm: most concepts with which it is compared; train.py takes its set's
+    vocab: int = 49408                    # small: tokens with an embedding; train.py takes those of its texts
+    length: int = 77                      # small: tokens of a text
 
 
 @dataclass
@@ -501,14 +503,15 @@ class RDTF(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
-        self.text = TextEncoder(config.text) if config.text.kind != "open_clip" else None
+        kinds = dict(minilm=SentenceEncoder, small=TextEncoder)
+        self.text = kinds[config.text.kind](config.text) if config.text.kind in kinds else None
         self.dfgn = DFGN(config.dfgn)
         self.diffusion = Diffusion(config.diffusion)
 
-    def encode_text(self, tokens):
-        """tokens (B, L), or features (B, L, ...) of the frozen tower -> features (B, L', D), mask (B, L'). open_clip's
-        pass, with mask None."""
-        return self.text(tokens) if self.text is not None else (tokens, None)
+    def encode_text(self, text):
+        """text: tokens (B, L), or features (B, ...) of the frozen tower -> features (B, L', D), mask (B, L') or None.
+        open_clip's pass."""
+        return self.text(text) if self.text is not None else (text, None)
 
     def predict(self, z_t, t, context, context_mask, z_known, cond_mask, loss_mask):
         """(output, x_t, base), each (B, T, c, h, w): what the network says at x_t, of the difference to base.
@@ -541,11 +544,11 @@ class RDTF(nn.Module):
         pred, x_t, base = self.predict(z_t, t, context, context_mask, z_known, cond_mask, loss_mask)
         return base + self.diffusion.to_z0(pred, x_t, t)
 
-    def forward(self, z0, tokens, t, noise, cond_mask, loss_mask):
+    def forward(self, z0, text, t, noise, cond_mask, loss_mask):
         """Loss of each clip (B,): the weighted squared error, mean over the real frames that are asked for, all in t2v;
         with given = zeros (paper) over all real frames."""
         z_t = self.diffusion.add_noise(z0, noise, t)
-        pred, _, base = self.predict(z_t, t, *self.encode_text(tokens), z0, cond_mask, loss_mask)
+        pred, _, base = self.predict(z_t, t, *self.encode_text(text), z0, cond_mask, loss_mask)
         error = ((pred - self.diffusion.target(z0 - base, noise, t)) ** 2).mean((2, 3, 4))  # (B, T)
         counted = loss_mask if self.config.dfgn.given == "zeros" else loss_mask * (1 - cond_mask)
         return self.diffusion.weight(t) * (error * counted).sum(1) / counted.sum(1)

@@ -119,7 +119,7 @@ class Sampler:
             raise UserError(f"--eta {changes['eta']}: choose 0 (no fresh noise) to 1 (as much as DDPM)")
         return {k: defaults[k] if changes.get(k) is None else changes[k] for k in defaults}
 
-    def tokens(self, prompts):
+    def text(self, prompts):
         """Tokens of prompts, or a tower's features of them, on the device: what RDTF.encode_text takes."""
         if self.tower:
             return self.tower(self.tower.read(prompts).to(self.device))
@@ -131,8 +131,8 @@ class Sampler:
 
     def read(self, prompts):
         """(prompts, as many ""), each as RDTF.encode_text gives them; None for prompts that say nothing."""
-        encoded = self.net.encode_text(self.tokens([*prompts, *[""] * len(prompts)]))  # one call: one length
-        text, empty = zip(*((None, None) if x is None else x.chunk(2) for x in encoded))
+        encoded = self.net.encode_text(self.text([*prompts, ""]))      # one call: one length
+        text, empty = zip(*((None, None) if x is None else (x[:-1], x[-1:].expand_as(x[:-1])) for x in encoded))
         return (text if any(prompts) else None), empty
 
     def known_latents(self, frames, mask):

@@ -42,6 +42,7 @@ from lib.media import contact_sheet
 from lib.options import parse_fields
 from lib.run import Run
 from lib.stages import Stage, VAEStage, load_base, load_like, silence
+from lib.text import learnt_concepts
 from lib.towers import cache_features, name_minilm, name_tower
 from lib.train_options import check_method, check_options, load_absorber, read_prompts
 from lib.weights import load_fitting
@@ -70,7 +71,7 @@ class TrainConfig:
     absorber: str = ""                    # customize_a_video: model.safetensors of --method appearance_lora
     clip_weights: str = ""                # text.kind=open_clip: its weights, a file or a folder with a configuration
     clip_model: str = "ViT-H-14"          # open_clip's name of the model of that file; a folder says it itself
-    text_variants: int = 4                # text.kind=open_clip: texts of a sticker, drawn once
+    text_variants: int = 4                # of a sticker, drawn once, where a frozen tower reads them
     steps: int = 3000                     # optimiser steps
     batch: int = 4                        # global batch: clips (dfgn) or images (vae); for stills T times as many
     accumulate: int = 1                   # micro-batches of each process's share of the batch, to save memory
@@ -94,6 +95,7 @@ class TrainConfig:
     still_share: float = 0.5              # share of the steps on single frames, T of them for a clip
     word_dropout: float = 0.2             # a word of a caption becomes "#"
     keywords: float = 0.5                 # keywords are appended to a caption
+    text_noise: float = 1.0               # deviation of what is added to a MiniLM's sentence, whose own is about one
     text_drop: float = 0.10               # the text alone is dropped where no frame is given
     given_text_drop: float = 0.5          # the text alone is dropped where frames are given
     timestep_shift: float = 1.0           # above 1: more timesteps of high noise, where text counts; 1: uniform (paper)
@@ -114,7 +116,7 @@ class DFGNStage(Stage):
         super().__init__(config, preset, stickers, rank, world, device)
         clips = round(config.steps * config.batch * (1 - config.still_share))
         self.curriculum = Curriculum(config.curriculum, config.steps, config.tasks, losses=clips)
-        self.tower = self.texts = self.absorber = None
+        self.tower = self.texts = self.concepts = self.absorber = None
         if (self.preset.text.kind == "open_clip") != bool(config.clip_weights):
             raise UserError(f"--clip-weights {config.clip_weights}: a local file where text.kind is open_clip, nothing "
                             f"elsewhere; with these options it is {self.preset.text.kind}")
@@ -136,6 +138,10 @@ class DFGNStage(Stage):
             words = (self.base or {}).get("text.vocabulary")
             self.vocabulary = torch.as_tensor(data.vocabulary(self.stickers.records) if words is None else words)
             self.preset.text.vocab = len(self.vocabulary)
+        elif self.preset.text.kind == "minilm":
+            text = self.preset.text          # what is tuned keeps its base's concepts
+            text.concepts = (min(len(self.stickers.members) + 1, text.concepts) if config.method == "rdtf" else
+                             len(self.base["text.concepts"]))
         self.prompts = read_prompts(config.prompts) if config.sample_every else []
 
     def prepare(self):
@@ -155,6 +161,10 @@ class DFGNStage(Stage):
             self.texts = data.StickerTexts(self.stickers, c.text_variants, c.seed, c.word_dropout, c.keywords)
             width = self.preset.text.width
             self.features = cache_features(c.data[0], self.tower, width, self.texts, self.device)
+        if self.preset.text.kind == "minilm" and c.method == "rdtf":
+            self.concepts = learnt_concepts(self.features, self.texts, self.preset.text.concepts)
+            if self.base:
+                self.base["text.concepts"] = self.concepts
 
     def network(self, fresh):
         net = RDTF(self.preset)
@@ -163,6 +173,8 @@ class DFGNStage(Stage):
             silence(net.dfgn, new)
         if self.preset.text.kind == "small":
             net.text.vocabulary.copy_(self.vocabulary)
+        elif self.concepts is not None:
+            net.text.concepts.copy_(self.concepts)
         self.base = None                      # as large as the network
         if self.config.method != "rdtf":
             peft.inject(net, self.config.method, self.config.rank, self.absorber)
@@ -174,7 +186,8 @@ class DFGNStage(Stage):
         """Yield (arguments of RDTF.forward, tags (b, 4)): task, timestep, number of the sticker, real frames."""
         c, T = self.config, self.preset.frames
         clips = data.ClipDataset(self.stickers, self.latents, c.seed, c.batch, T, c.how,
-                                 "sample" if c.frames == "sample" else "step", c.word_dropout, c.keywords, self.texts)
+                                 "sample" if c.frames == "sample" else "step", c.word_dropout, c.keywords, self.texts,
+                                 self.features.shape[1:] if self.preset.text.kind == "minilm" else ())
         sampler = StepSampler(c.batch, start, c.steps, self.rank, self.world, lambda step: data.draw_frames(c, step, T))
         for step, batch in enumerate(loop.load_batches(clips, sampler, workers, self.device), start):
             # Here, behind the loaders, and not a step early: the step before has to be observed first.
@@ -188,16 +201,19 @@ class DFGNStage(Stage):
                  for u, n in zip(clips["draws"].tolist(), clips["n"].tolist())]
         task, masks, has_text, t = zip(*drawn)
         z = self.vae.standardise(z.flatten(0, 1)).unflatten(0, (-1, T))
-        batch = dict(z0=z * loss_mask[:, :, None, None, None], tokens=self.tokens(clips, torch.tensor(has_text)),
+        batch = dict(z0=z * loss_mask[:, :, None, None, None], text=self.read_texts(clips, torch.tensor(has_text)),
                      t=torch.tensor(t), noise=clips["noise"], cond_mask=torch.from_numpy(np.stack(masks)),
                      loss_mask=loss_mask)
         return batch, torch.stack([torch.tensor(task), batch["t"], clips["index"], clips["n"]], 1)
 
-    def tokens(self, clips, has_text):
-        """Tokens (B, L), or a tower's features (B, L, D), of which row 0 is the empty text's."""
+    def read_texts(self, clips, has_text):
+        """Tokens (B, L), or a tower's features (B, ...), of which row 0 is the empty text's."""
         if not self.tower:
             return clips["tokens"].where(has_text[:, None], data.tokenize([""]))
-        return torch.from_numpy(self.features[clips["text_row"] * has_text].astype(np.float32))
+        features = torch.from_numpy(self.features[clips["text_row"] * has_text].astype(np.float32))
+        if self.preset.text.kind == "minilm":     # an empty text is one alone, not a place among others
+            features += self.config.text_noise * clips["text_noise"] * has_text[:, None]
+        return features
 
     def export(self, weights):
         c, tower = self.config, dict(text=self.tower) if self.tower else {}

@@ -113,7 +113,7 @@ def load_base(c, config, vae, tower):
         raise UserError(f"--base {c.base}: trained with another VAE or text tower than --vae or --clip-weights")
     for part in ("dfgn", "diffusion", *(["text"] if same else [])):
         check_equal(f"--base {c.base}", getattr(theirs, part), getattr(config, part),
-                    free=("vocab", "given", *(() if same else ("text_width",))))
+                    free=("vocab", "concepts", "given", *(() if same else ("text_width",))))
     return weights if same else {k: w for k, w in weights.items() if not any(part in k for part in READS_TEXT)}
 
 

@@ -62,22 +62,22 @@ class Block(nn.Module):
 
 
 class MiniLM(nn.Module):
-    """all-MiniLM-L6-v2 and its word pieces. What the DFGN reads of a text: its sentence, then its pieces.
+    """all-MiniLM-L6-v2 and its word pieces. What the DFGN reads of a text is its sentence: the pieces' mean, whitened.
 
-    The sentence is the mean of the pieces, whitened; the pieces are standardised: as they come, a few directions hold
-    nearly all of their variance. Both by statistics of the training captions (tools/make_minilm.py), in buffers.
-    length: rows of a text, which is cut at length - 1 pieces, start and end included; behind a shorter one, zeros."""
-    width, length = WIDTH, 33
+    Whitened by statistics of the training texts (tools/make_minilm.py), in buffers, and in part: directions in which
+    these hardly differ stay small. The mean variance of a feature is one. length: pieces at which a text is cut, its
+    start and end included."""
+    width, length = WIDTH, 32
 
     def __init__(self, vocabulary):
         super().__init__()
         from tokenizers import BertWordPieceTokenizer
         self.pieces = BertWordPieceTokenizer({piece: i for i, piece in enumerate(vocabulary)}, lowercase=True)
-        self.pieces.enable_truncation(self.length - 1)
-        self.word, self.position = nn.Embedding(PIECES, WIDTH), nn.Parameter(torch.zeros(self.length - 1, WIDTH))
+        self.pieces.enable_truncation(self.length)
+        self.word, self.position = nn.Embedding(PIECES, WIDTH), nn.Parameter(torch.zeros(self.length, WIDTH))
         self.norm = nn.LayerNorm(WIDTH, 1e-12)
         self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
-        for name, shape in dict(mean=WIDTH, std=WIDTH, centre=WIDTH, whiten=(WIDTH, WIDTH)).items():
+        for name, shape in dict(centre=WIDTH, whiten=(WIDTH, WIDTH)).items():
             self.register_buffer(name, torch.zeros(shape))
 
     def read(self, texts):
@@ -97,11 +97,8 @@ class MiniLM(nn.Module):
         return masked_mean(hidden, tokens > 0)
 
     def forward(self, tokens):
-        """tokens (B, L) -> features (B, length, width); rows behind a text's end are zero."""
-        hidden = self.hidden(tokens)
-        first = (self.sentence(hidden, tokens) - self.centre) @ self.whiten
-        rest = ((hidden - self.mean) / self.std) * (tokens > 0)[..., None]
-        return F.pad(torch.cat([first[:, None], rest], 1), (0, 0, 0, self.length - 1 - tokens.shape[1]))
+        """tokens (B, L) -> features (B, width)."""
+        return (self.sentence(self.hidden(tokens), tokens) - self.centre) @ self.whiten
 
     def unknown(self, text):
         """(words of a text that it does not read: of other letters than Latin ones, of no piece that it has, or behind
@@ -244,12 +241,12 @@ def load_tower(path, name):
 
 @torch.no_grad()
 def cache_features(folder, tower, width, texts, device, batch=64):
-    """Features (n, length, width) float16 of n texts by a tower as name_tower names it, cached in a set's folder.
+    """Features (n, ...) float16 of n texts by a tower as name_tower names it, cached in a set's folder.
 
     texts: data.StickerTexts. UserError: the disk has no room for the features."""
     net = functools.cache(lambda: load_tower(tower["file"], tower["model"]).to(device))   # if anything is missing
     path = cache_path(folder, "text", [tower["hash"], *texts.made_of])
-    shape = (MiniLM.length, WIDTH) if tower["model"] == "minilm" else (LENGTH, width)
+    shape = (WIDTH,) if tower["model"] == "minilm" else (LENGTH, width)
     need, free, part = 2 * len(texts) * math.prod(shape), shutil.disk_usage(folder).free, Path(f"{path}.part")
     free += part.stat().st_size if part.is_file() else 0     # of an interrupted run
     if not path.is_file() and need > free:

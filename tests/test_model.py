@@ -327,12 +327,12 @@ def test_text_alone_is_what_it_was():
     """Without given frames the two ways are one, bit for bit."""
     nets = [randomise(RDTF(tiny(f"dfgn.given={given}"))) for given in ("difference", "zeros")]
     nets[1].load_state_dict(nets[0].state_dict())
-    x = dict(z0=latents(2, 4), noise=latents(2, 4, 1), t=torch.tensor([300, 999]), tokens=tokenize(["a", "b"]))
+    x = dict(z0=latents(2, 4), noise=latents(2, 4, 1), t=torch.tensor([300, 999]), text=tokenize(["a", "b"]))
     z_t = nets[0].diffusion.add_noise(x["z0"], x["noise"], x["t"])
     with torch.no_grad():
         for masks in (dict(cond_mask=torch.zeros(2, 4), loss_mask=MASK), dict(cond_mask=1 - MASK, loss_mask=MASK)):
             losses = [net(**x, **masks) for net in nets]
-            eps = [net.eps(z_t, x["t"], *net.encode_text(x["tokens"]), x["z0"], *masks.values()) for net in nets]
+            eps = [net.eps(z_t, x["t"], *net.encode_text(x["text"]), x["z0"], *masks.values()) for net in nets]
             assert torch.equal(*losses) and torch.equal(*eps)
         given = [net(**x, cond_mask=COND, loss_mask=MASK) for net in nets]
     assert given[0][0] != given[1][0] and given[0][1] == given[1][1]           # of the second only padding is given

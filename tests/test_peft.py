@@ -39,7 +39,7 @@ def inputs(T=4, given=GIVEN, real=None):
     z0, noise = torch.randn(2, 2, 4, BASE.dfgn.channels, BASE.vae.side, BASE.vae.side, generator=g)[:, :, :T]
     mask = torch.ones(2, T) if real is None else real
     return dict(z0=z0, noise=noise.clone(), t=torch.tensor([300, 800]),
-                tokens=torch.tensor([[5, 9, END], [7, 2, END]]), cond_mask=given[:, :T] * mask, loss_mask=mask)
+                text=torch.tensor([[5, 9, END], [7, 2, END]]), cond_mask=given[:, :T] * mask, loss_mask=mask)
 
 
 def output(net, z_known=None, **of):
@@ -47,7 +47,7 @@ def output(net, z_known=None, **of):
     x = inputs(**of)
     z_t = net.diffusion.add_noise(x["z0"], x["noise"], x["t"])
     with torch.no_grad():
-        return net.predict(z_t, x["t"], *net.encode_text(x["tokens"]), x["z0"] if z_known is None else z_known,
+        return net.predict(z_t, x["t"], *net.encode_text(x["text"]), x["z0"] if z_known is None else z_known,
                            x["cond_mask"], x["loss_mask"])[0]
 
 
@@ -79,7 +79,7 @@ def test_simda_starts_as_the_base_on_clips_that_stand_still():
     with torch.no_grad():
         for T in (1, 4):
             z = x["z0"][:, :1].expand(-1, T, -1, -1, -1)                 # frames that are all the first
-            got = [net.predict(z, x["t"], *net.encode_text(x["tokens"]), z, torch.zeros(2, T), torch.ones(2, T))[0]
+            got = [net.predict(z, x["t"], *net.encode_text(x["text"]), z, torch.zeros(2, T), torch.ones(2, T))[0]
                    for net in nets]
             torch.testing.assert_close(*got, rtol=1e-4, atol=1e-5)
     assert (output(nets[0]) - output(nets[1])).abs().max() > 1e-3        # elsewhere the shift is seen

@@ -2,17 +2,23 @@
 import io
 import json
 import zipfile
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_train
 
+import data
+import train
 from lib import stages, towers
 from lib.files import UserError
+from lib.options import parse_fields
+from lib.text import learnt_concepts
 from lib.towers import load_minilm, pack, unpack
 from lib.weights import read_own, save_model
-from model import load_rdtf
+from model import load_rdtf, preset
 from sample import Sampler
 from tools import make_minilm, refit_text
 
@@ -41,14 +47,15 @@ def test_minilm_has_the_published_librarys_values(minilm):
         assert [*h[1, :3], *h[n - 1, :2]] == pytest.approx(values, abs=2e-5)
 
 
-def test_features_are_the_sentence_then_its_pieces(minilm):
+def test_features_are_sentences(minilm):
     texts = ["rocket", "", "a dog runs", "word " * 60]
     features, alone = minilm(minilm.read(texts)), minilm(minilm.read(["rocket"]))
-    assert features.shape == (4, 33, 384) and (features != 0).any(-1).sum(1).tolist() == [4, 3, 6, 33]
-    assert torch.allclose(features[0], alone[0], atol=1e-4)                  # a longer neighbour is not felt
-    sentences = minilm(minilm.read(["puppy", "cute dog", "dog", "rocket", "angry face"]))[:, 0]
+    assert features.shape == (4, 384) and torch.allclose(features[0], alone[0], atol=1e-4)  # no neighbour is felt
+    assert torch.allclose(features[3], minilm(minilm.read(["word " * 30]))[0], atol=1e-4)       # 30 pieces are read
+    sentences = minilm(minilm.read(["puppy", "cute dog", "dog", "rocket", "angry face"]))
     near = torch.cosine_similarity(sentences[0], sentences[1:])
-    assert near[:2].min() > 0.3 > 0.1 > near[2:].max()                       # whitened, it still knows what is like
+    assert near[:2].min() > 0.4 > 0.2 > near[2:].max()                       # whitened, it still knows what is like
+    assert 0.5 < float(sentences.square().mean()) < 2
 
 
 def test_words_that_it_cannot_read(minilm):
@@ -85,10 +92,9 @@ def test_a_dfgn_that_reads_by_minilm(words_dfgn, minilm, tmp_path, monkeypatch, 
     assert not np.array_equal(made[0], made[2])
     features = minilm(minilm.read(["a dog", "a red star that blinks"]))
     context, mask = sampler.net.encode_text(features)
-    assert mask.sum(1).tolist() == [5, 9] and context.shape == (2, 9, 32)
-    assert torch.allclose(sampler.net.encode_text(features[:1])[0], context[:1, :5], atol=1e-5)
+    assert mask is None and context.shape == (2, 8, 32)
     weights, meta = read_own(towers.MINILM, "minilm", "")[::-1]
-    save_model(tmp_path / "other.safetensors", {**weights, "std": weights["std"] + 1}, **meta)
+    save_model(tmp_path / "other.safetensors", {**weights, "centre": weights["centre"] + 1}, **meta)
     monkeypatch.setattr(towers, "MINILM", tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not the MiniLM that .*model.safetensors was trained with"):
         Sampler(words_dfgn / "model.safetensors", device="cpu")
@@ -97,12 +103,55 @@ def test_a_dfgn_that_reads_by_minilm(words_dfgn, minilm, tmp_path, monkeypatch, 
         Sampler(words_dfgn / "model.safetensors", device="cpu")
 
 
+def test_concepts_are_the_means_of_their_texts(words_dfgn, minilm, stickers16):
+    """A text that means nearly the same as a concept is read as that; an empty one as nothing."""
+    net = load_rdtf(words_dfgn / "model.safetensors")[0]
+    stickers = data.StickerSet(stickers16, "train")
+    texts = data.StickerTexts(stickers, 2, 0, 0.2, 0.5)
+    assert len(net.text.concepts) == net.config.text.concepts == len(stickers.members) + 1
+    concepts = list(np.unique(stickers.concept))
+    for k in (0, len(concepts) - 1):
+        own = [1 + 2 * int(i) + v for i in np.flatnonzero(stickers.concept == concepts[k]) for v in (0, 1)]
+        with torch.no_grad():
+            sentences = minilm(minilm.read([texts[row] for row in own]))
+        assert torch.allclose(net.text.concepts[1 + k], sentences.mean(0), atol=5e-3)
+        noisy = sentences.mean(0) + torch.randn(16, 384, generator=torch.Generator().manual_seed(0))
+        assert (net.text.nearest(noisy).argmax(1) == 1 + k).all()
+    with torch.no_grad():
+        assert net.text.nearest(minilm(minilm.read([""])))[0, 0] > 0.99
+    with torch.autocast("cpu", torch.bfloat16):                                  # distances are large numbers
+        assert torch.equal(net.text.nearest(noisy.bfloat16()), net.text.nearest(noisy.bfloat16().float()))
+    features = np.arange(12, dtype=np.float16).reshape(6, 2)                     # row 0, five texts
+    few = SimpleNamespace(stickers=SimpleNamespace(concept=np.array([4, 2, 4, 7, 9])), variants=1)
+    assert learnt_concepts(features, few, 99).tolist() == [[0, 1], [4, 5], [4, 5], [8, 9], [10, 11]]
+    assert learnt_concepts(features, few, 3).tolist() == [[0, 1], [4, 5], [8, 9]]
+    assert learnt_concepts(features, few, 1).tolist() == [[0, 1]]
+
+
+def test_noise_is_added_to_what_is_said(dfgn_argv, tmp_path, words_dfgn, minilm):
+    """The same clips, tasks and timesteps whatever the noise; an empty text has none."""
+    argv = *dfgn_argv, "--text-variants", 2, "--text-drop", 0.5, "--set", *FIELDS
+    config = parse_fields(train.TrainConfig, "", [str(a) for a in argv])
+    found = {}
+    for std in (0.0, 0.5):
+        stage = train.DFGNStage(replace(config, text_noise=std), preset(config.preset, config.set),
+                                data.StickerSet(config.data, "train"), 0, 1, torch.device("cpu"))
+        stage.prepare()
+        found[std] = [batch for _, (batch, _) in zip(range(4), stage.batches(0))]
+    differences = torch.cat([a["text"] - b["text"] for a, b in zip(found[0.5], found[0.0])])
+    said = torch.cat([(b["text"] - torch.from_numpy(stage.features[0].astype(np.float32))).abs().sum(1) > 0
+                      for b in found[0.0]])
+    assert 0 < said.sum() < len(said) and not differences[~said].any()
+    assert float(differences[said].std()) == pytest.approx(0.5, rel=0.1)
+    assert all(torch.equal(a[k], b[k]) for a, b in zip(found[0.5], found[0.0]) for k in a if k != "text")
+
+
 def test_another_texts_base_keeps_what_does_not_read(tiny_dfgn, words_dfgn, dfgn_argv, tmp_path, capsys):
     """What reads MiniLM begins deaf: the first step of a network that knew words by heart hears nothing."""
     run_train(*dfgn_argv, "--steps", 1, "--warmup", 10 ** 9, "--text-variants", 2, "--base",
               tiny_dfgn / "model.safetensors", "--set", *FIELDS, "--out", tmp_path / "run")
     said = capsys.readouterr().out
-    assert "start anew: text.project, text.norms.0, " in said and "dfgn.text_pool, dfgn.down.0.0.spatial.cross" in said
+    assert "start anew: text.norms.0, " in said and "dfgn.text_pool, dfgn.down.0.0.spatial.cross" in said
     old, new = (load_rdtf(run / "model.safetensors")[0].dfgn for run in (tiny_dfgn, tmp_path / "run"))
     assert torch.allclose(old.stem.conv.weight, new.stem.conv.weight, atol=1e-6)
     net = load_rdtf(tmp_path / "run" / "model.safetensors")[0]

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.files import UserError, run_cli  # noqa: E402
 from lib.options import check_least, check_words, parse_fields  # noqa: E402
 from lib.text import END  # noqa: E402
-from lib.towers import LENGTH  # noqa: E402
+from lib.towers import LENGTH, MiniLM  # noqa: E402
 from model import RDTF, VAE, Layer, count, preset  # noqa: E402
 
 
@@ -68,10 +68,12 @@ def example(stage, config, n, checkpointing=False):
         return net, lambda: net(x, torch.zeros(n, 3), noise).mean()
     net, z, mask = RDTF(config), torch.zeros(n, T, v.latent_channels, v.side, v.side), torch.ones(n, T)
     net.dfgn.checkpointing = checkpointing
-    tokens = torch.full((n, LENGTH), END) if net.text else torch.ones(n, LENGTH, config.text.width)
-    if net.text:
-        tokens[:, :-1] = 1                       # captions as long as they can be
-    return net, lambda: net(z, tokens, torch.zeros(n, dtype=torch.int64), torch.zeros_like(z), mask, mask).mean()
+    if config.text.kind == "small":
+        text = torch.full((n, LENGTH), END)
+        text[:, :-1] = 1                         # captions as long as they can be
+    else:
+        text = torch.ones(n, *((MiniLM.width,) if config.text.kind == "minilm" else (LENGTH, config.text.width)))
+    return net, lambda: net(z, text, torch.zeros(n, dtype=torch.int64), torch.zeros_like(z), mask, mask).mean()
 
 
 def saved_bytes(net, loss):

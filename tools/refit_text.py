@@ -21,12 +21,13 @@ from lib.autoencoder import load_vae  # noqa: E402
 from lib.draws import rng_for  # noqa: E402
 from lib.files import UserError, check_outputs, run_cli  # noqa: E402
 from lib.layers import masked_mean  # noqa: E402
+from lib.text import learnt_concepts  # noqa: E402
 from lib.towers import MiniLM, cache_features, name_minilm  # noqa: E402
 from lib.weights import find_file, save_model  # noqa: E402
 from model import RDTF, TextConfig, load_rdtf  # noqa: E402
 
 QUERIES = 16                              # cells of a still whose queries are kept
-FITTED, LONGEST = 64, 20                  # stills a step; word pieces of a text that count
+FITTED = 64                               # stills a step
 NOISE = 300                               # least timestep of the stills: below it the text hardly matters
 
 
@@ -63,7 +64,7 @@ def record(net, vae, stickers, latents, stills, batch, seed):
     return seen, pooled, chosen
 
 
-def fit(net, seen, pooled, chosen, texts, features, steps, lr, seed):
+def fit(net, seen, pooled, chosen, texts, features, noise, steps, lr, seed):
     """Adam on all that reads the text; the rate falls to zero. Prints the share of the variance that is unexplained."""
     layers = {name: module for name, module in net.named_modules() if name in seen}
     trained = [*net.text.parameters(), *net.dfgn.text_pool.parameters(), *(m.to_kv.weight for m in layers.values())]
@@ -78,12 +79,13 @@ def fit(net, seen, pooled, chosen, texts, features, steps, lr, seed):
         rng, i = rng_for(seed, step, 0, 1), step % len(chosen)
         some = rng.permutation(len(chosen[i]))[:FITTED]
         rows = [texts.row(int(k), rng) if k >= 0 else 0 for k in chosen[i][some]]
-        context, mask = net.encode_text(torch.from_numpy(features[rows, :LONGEST].astype(np.float32)))
+        sentences = features[rows] + noise * rng.standard_normal((FITTED, MiniLM.width)) * (np.array(rows) > 0)[:, None]
+        context, _ = net.encode_text(torch.from_numpy(sentences.astype(np.float32)))
         errors = {}
         for name, module in layers.items():
             x, wanted = (part[some] for part in seen[name][i])
-            errors[name] = ((module(x, context, mask) - wanted) ** 2).mean() / variance[name]
-        found = net.dfgn.text_pool(masked_mean(context, mask))
+            errors[name] = ((module(x, context) - wanted) ** 2).mean() / variance[name]
+        found = net.dfgn.text_pool(context.mean(1))
         errors["pooled"] = ((found - pooled[i][some]) ** 2).mean() / of_pool
         optimizer.zero_grad()
         sum(errors.values()).backward()
@@ -103,7 +105,9 @@ def main(argv=None):
     parser.add_argument("--stills", type=int, default=12800, help="noisy stills whose queries are recorded")
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--keywords", type=float, default=0.6, help="as train.py's, like the next two")
+    parser.add_argument("--concepts", type=int, default=TextConfig().concepts, help="most that a text is compared with")
+    parser.add_argument("--text-noise", type=float, default=1.0, help="as train.py's, like the next three")
+    parser.add_argument("--keywords", type=float, default=0.6)
     parser.add_argument("--word-dropout", type=float, default=0.1)
     parser.add_argument("--text-variants", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
@@ -121,12 +125,14 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     seen, pooled, chosen = record(old, vae, stickers, latents, args.stills, 128, args.seed)
 
-    text = TextConfig()
+    concepts = learnt_concepts(features, texts, args.concepts)
+    text = TextConfig(concepts=len(concepts))
     new = RDTF(replace(old.config, text=text, dfgn=replace(old.config.dfgn, text_width=text.width)))
     wanted = new.state_dict()
     new.load_state_dict({k: w for k, w in old.state_dict().items() if k in wanted and w.shape == wanted[k].shape},
                         strict=False)
-    fit(new, seen, pooled, chosen, texts, features, args.steps, args.lr, args.seed)
+    new.text.concepts.copy_(concepts)
+    fit(new, seen, pooled, chosen, texts, features, args.text_noise, args.steps, args.lr, args.seed)
     facts = {k: v for k, v in meta.items() if k not in ("config", "text")}
     save_model(args.out, new.state_dict(), **facts, config=new.config.to_dict(), text=tower)
     print(args.out)
