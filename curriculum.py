@@ -15,7 +15,7 @@ from collections import deque
 import numpy as np
 
 from data import TASKS, UNKNOWN
-from lib.files import UserError, check_outputs, read_jsonl, run_cli, write_bytes
+from lib.run.files import UserError, check_outputs, read_jsonl, run_cli, write_bytes
 
 MODES = ("none", "linear", "adaptive")
 KP, KI, KD = 5.0, 3.0, 1.3                # paper Table 6

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib import sources
-from lib.draws import rng_for
-from lib.files import UserError, cache_path, rows, run_cli
-from lib.index import SPLITS, Chain, Index, JoinedIndex, Members
-from lib.media import MAX_DECODED, MAX_FRAMES, even_frames, to_tensor
-from lib.options import check_least, check_most
-from lib.prepare import prepare
-from lib.towers import clip_tokenizer
+from lib.media import sources
+from lib.media.index import SPLITS, Chain, Index, JoinedIndex, Members
+from lib.media.pictures import MAX_DECODED, MAX_FRAMES, even_frames, to_tensor
+from lib.media.prepare import prepare
+from lib.nets.towers import clip_tokenizer
+from lib.run.draws import rng_for
+from lib.run.files import UserError, cache_path, rows, run_cli
+from lib.run.options import check_least, check_most
 
 TASKS = ("t2v", "i2v", "it2v", "interpolation", "prediction_forward", "prediction_backward")
 MAX_KEYS = 8                                     # paper Table 6: k = 3..8

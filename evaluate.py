@@ -23,27 +23,27 @@ import torch
 from tqdm import trange
 
 from data import TASKS, StickerSet, eval_mask
-from lib import tables
-from lib.cpu import keep_memory
-from lib.distances import by_clips, differences, on_white, paired_interval, psnr, ratio
-from lib.evaluate_options import parse_options
-from lib.extractors import extractors, features_of
-from lib.files import UserError, cache_path, check_outputs, file_hash, read_json, rows, run_cli, write_json
-from lib.index import SPLITS, Members
-from lib.judge import same_sticker
-from lib.layers import nearest_given
-from lib.media import contact_sheet, even_frames, to_rgba, to_tensor
-from lib.scores import DISTANCES, DISTANT, compare_distances, distances, mean_of
-from lib.standins import looped, z0_errors
-from lib.weights import identity
+from lib.media.index import SPLITS, Members
+from lib.media.pictures import contact_sheet, even_frames, to_rgba, to_tensor
+from lib.metrics import tables
+from lib.metrics.distances import by_clips, differences, on_white, paired_interval, psnr, ratio
+from lib.metrics.extractors import extractors, features_of
+from lib.metrics.judge import same_sticker
+from lib.metrics.scores import DISTANCES, DISTANT, compare_distances, distances, mean_of
+from lib.metrics.standins import looped, z0_errors
+from lib.nets.cpu import keep_memory
+from lib.nets.layers import nearest_given
+from lib.nets.weights import identity
+from lib.run.evaluate_options import parse_options
+from lib.run.files import UserError, cache_path, check_outputs, file_hash, read_json, rows, run_cli, write_json
 from model import fill_weights
 from sample import SETTINGS, Sampler
 
 ROOT = Path(__file__).parent
 PAPER = json.loads((ROOT / "assets/paper_tables.json").read_text())
 TIMESTEPS = 100, 300, 500, 700, 900, 999         # of errors in one step, of 1,000; the last is pure noise
-SAMPLING_CODE = ("data.py", "model.py", "sample.py", "lib/autoencoder.py", "lib/media.py", "lib/cpu.py",
-                 "lib/layers.py", "lib/text.py", "lib/towers.py", "lib/peft.py")
+SAMPLING_CODE = ("data.py", "model.py", "sample.py", "lib/media/pictures.py", "lib/nets/autoencoder.py",
+                 "lib/nets/cpu.py", "lib/nets/layers.py", "lib/nets/text.py", "lib/nets/towers.py", "lib/nets/peft.py")
 TABLES = {  # the paper's numbers of each task; Table 2 has one number for both predictions
     "1": dict(it2v="table1_it2v"), "3": dict(it2v="table3_modules_it2v"), "4": dict(it2v="table4_curriculum_it2v"),
     "2": dict(interpolation="table2_interpolation", prediction_forward="table2_prediction",
@@ -158,7 +158,7 @@ class Run:
         def make(_):
             return z0_errors(self.sampler, test.clips, prompts, mask, self.args.seed, self.args.batch, self.timesteps())
         return self.cached(f"errors-{task}", task, test, (len(TIMESTEPS), test.T), np.float32, len(test.files), make,
-                           by=file_hash(ROOT / "lib/standins.py"), text=text)
+                           by=file_hash(ROOT / "lib/metrics/standins.py"), text=text)
 
     def latents(self, test):
         """(N, T, c, h, w) of the test clips."""

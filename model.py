@@ -1,4 +1,4 @@
-"""Networks of RDTF (arXiv 2503.17735): STI, DFGN, text encoder, noise schedule and loss (VAE: lib/autoencoder.py).
+"""Networks of RDTF (arXiv 2503.17735): STI, DFGN, text encoder, noise schedule and loss (VAE: lib/nets/autoencoder.py).
 
     python model.py                      # parameters of every preset, part by part
 
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch.utils.checkpoint import checkpoint
 
-from lib.autoencoder import SD_VAE, VAE, VAEConfig
-from lib.cpu import Conv3x3, Linear
-from lib.files import UserError
-from lib.layers import GEGLU, Attention, masked_mean, zero_
-from lib.options import apply_changes, check_config, check_value, dataclass_from_dict
-from lib.text import SentenceEncoder, TextEncoder
-from lib.weights import load_model
+from lib.nets.autoencoder import SD_VAE, VAE, VAEConfig
+from lib.nets.cpu import Conv3x3, Linear
+from lib.nets.layers import GEGLU, Attention, masked_mean, zero_
+from lib.nets.text import SentenceEncoder, TextEncoder
+from lib.nets.weights import load_model
+from lib.run.files import UserError
+from lib.run.options import apply_changes, check_config, check_value, dataclass_from_dict
 
 
 # ---- configs
@@ -572,7 +572,7 @@ PRESETS = {
                         text_width=1024, groups=32, sti_heads=8, sti_head_dim=32, pool_text=False, given="zeros"),
         diffusion=DiffusionConfig(prediction="eps", terminal=0.0, max_weight=0.0), sampling=TABLE6),
 }
-# Larger networks of text to video alone, 1.3 times the parameters of RDTF, for others to tune (lib/peft.py).
+# Larger networks of text to video alone, 1.3 times the parameters of RDTF, for others to tune (lib/nets/peft.py).
 BASE = dict(temporal="none", known=False, given="difference")
 for name, of, changes in (("tiny-base", "tiny", {}), ("base", "mini", dict(widths=(112, 224), ff_mult=3)),
                           ("paper-base", "paper", dict(widths=(384, 768, 1280, 1280)))):

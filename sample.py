@@ -18,15 +18,15 @@ import torch
 from tqdm import tqdm
 
 from data import TASKS, tokenize
-from lib import media
-from lib.autoencoder import load_vae
-from lib.cpu import keep_memory
-from lib.files import UserError, check_outputs, run_cli
-from lib.peft import load_tuned
-from lib.sample_options import parse_options
-from lib.towers import tower_for
-from lib.weights import find_file
-from lib.writing import LONGEST, check_duration, output_paths, write_stickers
+from lib.media import pictures
+from lib.media.writing import LONGEST, check_duration, output_paths, write_stickers
+from lib.nets.autoencoder import load_vae
+from lib.nets.cpu import keep_memory
+from lib.nets.peft import load_tuned
+from lib.nets.towers import tower_for
+from lib.nets.weights import find_file
+from lib.run.files import UserError, check_outputs, run_cli
+from lib.run.sample_options import parse_options
 from model import load_rdtf
 
 SHIPPED = Path(__file__).parent / "checkpoints/mini.safetensors"
@@ -140,7 +140,7 @@ class Sampler:
         side = self.config.vae.side
         known = torch.zeros(*mask.shape, self.config.dfgn.channels, side, side)
         if mask.any():
-            x = media.to_tensor(np.asarray(frames)[mask.numpy() > 0])    # (given, 4, S, S)
+            x = pictures.to_tensor(np.asarray(frames)[mask.numpy() > 0])    # (given, 4, S, S)
             known[mask > 0] = self.vae.encode(self.vae.images(x)).cpu()
         return known.to(self.device)
 
@@ -156,7 +156,7 @@ class Sampler:
         rngs = [np.random.default_rng(s) for s in seeds]
         settings = self.settings(bool(mask.any()), **settings)
         z = ddim(self.net, *self.read(prompts), known, mask.to(self.device), rngs, **settings)
-        out = media.to_rgba(self.vae.decode(z.flatten(0, 1)).unflatten(0, (B, self.T)))
+        out = pictures.to_rgba(self.vae.decode(z.flatten(0, 1)).unflatten(0, (B, self.T)))
         if mask.any():
             given = mask.numpy() > 0
             out[given] = np.asarray(frames)[given]                       # to the last bit
@@ -191,7 +191,7 @@ def place_frames(frames, task, T):
             raise UserError("--frames: interpolation needs at least two frames")
         spacing = 2 if n >= (T + 1) // 2 else 3
         places = list(range(0, T, spacing))[:n]
-        chosen, stride = frames[media.even_frames(n, len(places))], n / (len(places) * spacing)
+        chosen, stride = frames[pictures.even_frames(n, len(places))], n / (len(places) * spacing)
     elif task == "prediction_forward":
         chosen = frames[::-1][::stride][:max(T * 5 // 8, 1)][::-1]
         places = range(len(chosen))
@@ -211,8 +211,8 @@ def read_given(args, sampler):
     task = args.task or (with_image if args.image else "interpolation" if args.frames else "t2v")
     if task == "t2v":
         return task, None, None
-    frames, durations = media.read_animation(args.image if task in ("i2v", "it2v") else args.frames)
-    *placed, stride = place_frames(media.square(frames, sampler.size), task, sampler.T)
+    frames, durations = pictures.read_animation(args.image if task in ("i2v", "it2v") else args.frames)
+    *placed, stride = place_frames(pictures.square(frames, sampler.size), task, sampler.T)
     if args.duration is None and args.frames and len(frames) > 1:
         args.duration = max(1, min(round(stride * sum(durations) / len(frames)), min(LONGEST.values())))
     return task, *placed
@@ -243,7 +243,7 @@ def main(argv=None):
         failed += write_stickers(clips[i:], paths[i:], args.duration, args.platform)
     if args.sheet:
         marks = None if mask is None else [mask > 0] * len(clips)
-        media.contact_sheet(clips, args.sheet, labels=prompts, marks=marks)
+        pictures.contact_sheet(clips, args.sheet, labels=prompts, marks=marks)
         print(args.sheet)
     if failed:
         raise UserError(f"{len(failed)} of {len(paths)} stickers could not be written: {'; '.join(failed[:3])}")

@@ -33,19 +33,20 @@ from tqdm import tqdm
 import data
 from curriculum import MODES, Curriculum
 from data import TASKS
-from lib import loop, peft
-from lib.checkpoints import check_same_config, lock_run, states
-from lib.distributed import gather, on_rank_0, setup
-from lib.draws import StepSampler
-from lib.files import UserError, first_line, real_folder, run_cli
-from lib.media import contact_sheet
-from lib.options import parse_fields
-from lib.run import Run
-from lib.stages import Stage, VAEStage, load_base, load_like, silence
-from lib.text import learnt_concepts
-from lib.towers import cache_features, name_minilm, name_tower
-from lib.train_options import check_method, check_options, load_absorber, read_prompts
-from lib.weights import load_fitting
+from lib.media.pictures import contact_sheet
+from lib.nets import peft
+from lib.nets.text import learnt_concepts
+from lib.nets.towers import cache_features, name_minilm, name_tower
+from lib.nets.weights import load_fitting
+from lib.run import loop
+from lib.run.checkpoints import check_same_config, lock_run, states
+from lib.run.distributed import gather, on_rank_0, setup
+from lib.run.draws import StepSampler
+from lib.run.files import UserError, first_line, real_folder, run_cli
+from lib.run.folder import Run
+from lib.run.options import parse_fields
+from lib.run.stages import Stage, VAEStage, load_base, load_like, silence
+from lib.run.train_options import check_method, check_options, load_absorber, read_prompts
 from model import RDTF, preset
 from sample import Sampler
 
@@ -66,7 +67,7 @@ class TrainConfig:
     set: list = field(default_factory=list)  # fields of the preset to change, as part.field=value
     vae: str = "runs/vae/model.safetensors"  # VAE of the dfgn stage: of the vae stage, or Stable Diffusion's weights
     base: str = ""                        # weights to start from, of this preset and VAE; vae stage: tunes the decoder
-    method: str = "rdtf"                  # rdtf (all is trained), or what tunes --base: see lib/peft.py
+    method: str = "rdtf"                  # rdtf (all is trained), or what tunes --base: see lib/nets/peft.py
     rank: int = 16                        # of LoRA
     absorber: str = ""                    # customize_a_video: model.safetensors of --method appearance_lora
     clip_weights: str = ""                # text.kind=open_clip: its weights, a file or a folder with a configuration

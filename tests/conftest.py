@@ -152,7 +152,7 @@ def sd_vae():
     import numpy as np
     import torch
 
-    from lib.autoencoder import SD_VAE, VAE
+    from lib.nets.autoencoder import SD_VAE, VAE
     with torch.device("meta"):
         shapes = {name: w.shape for name, w in VAE(SD_VAE).state_dict().items() if not name.startswith("latent_")}
     found = dict(diffusers={}, old={}, compvis={})

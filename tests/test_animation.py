@@ -1,4 +1,4 @@
-"""lib/animation.py: files of every colour type, depth, disposal and blend as browsers show them, and broken ones.
+"""lib/media/animation.py: files of every colour type, depth, disposal and blend as browsers show them, and broken ones.
 
 Of tests/cases those that begin with r are random: written byte by byte, their frames composed pixel by pixel by another
 program and equal to Chromium's."""
@@ -15,8 +15,8 @@ import pytest
 from composer import random_apng, random_gif
 from PIL import Image
 
-from lib.files import UserError
-from lib.media import read_animation
+from lib.media.pictures import read_animation
+from lib.run.files import UserError
 
 CASES = Path(__file__).with_name("cases")
 EXPECTED = json.loads((CASES / "expected.json").read_text())
@@ -138,8 +138,8 @@ def test_a_gif_screen_grows_with_the_first_picture():
 HOSTILE = """
 import sys, time
 import numpy as np
-from lib.files import UserError
-from lib.media import read_animation
+from lib.run.files import UserError
+from lib.media.pictures import read_animation
 content = sys.stdin.buffer.read()
 began = time.process_time()
 try:
@@ -155,7 +155,7 @@ print(int(peak.split()[1]) // 1024, round(time.process_time() - began, 1), said)
 @pytest.mark.parametrize("kind, said", [("layers", "read"), ("empty pictures", "frames of"), ("blocks", "blocks"),
                                         ("chunks", "chunks")])
 def test_hostile_files_stay_within_what_is_promised(kind, said):
-    """lib/media.py: 1.2 GB and about half a minute; here of the largest half-transparent canvas, and of 40 MB."""
+    """1.2 GB and about half a minute (lib/media/pictures.py): the largest half-transparent canvas, and 40 MB."""
     if kind == "layers":
         x = np.full((4096, 4096, 4), (200, 30, 60, 128), np.uint8)
         other = x.copy()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from lib.autoencoder import load_vae
-from lib.files import run_cli
-from lib.media import write_animation
-from lib.weights import save_model
+from lib.media.pictures import write_animation
+from lib.nets.autoencoder import load_vae
+from lib.nets.weights import save_model
+from lib.run.files import run_cli
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.files import UserError
+from lib.run.files import UserError
 from model import DFGN, PRESETS, count
 from tools import bench
 

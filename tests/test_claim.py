@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 import data
-from lib.files import UserError
-from lib.media import write_animation
-from lib.prepare import prepare
+from lib.media.pictures import write_animation
+from lib.media.prepare import prepare
+from lib.run.files import UserError
 from tools import claim
 
 

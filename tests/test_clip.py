@@ -1,11 +1,11 @@
-"""lib/clip.py: vectors by a local open_clip model, scores by hand. Files that are refused: test_weights.py."""
+"""lib/metrics/clip.py: vectors by a local open_clip model, scores by hand. Files that are refused: test_weights.py."""
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from lib.clip import CLIPExtractor, clip_scores, recall
-from lib.files import UserError, file_hash
+from lib.metrics.clip import CLIPExtractor, clip_scores, recall
+from lib.run.files import UserError, file_hash
 
 
 def test_vectors_are_open_clips(clip_folder):

@@ -8,7 +8,7 @@ from PIL import Image
 import curriculum
 from curriculum import Curriculum, simulate
 from data import TASKS, unknown_share
-from lib.files import UserError
+from lib.run.files import UserError
 
 
 def feed(c, values):

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 
 import data
 from data import TASKS
-from lib.draws import StepSampler
-from lib.files import UserError
-from lib.media import square, write_animation
+from lib.media.pictures import square, write_animation
+from lib.run.draws import StepSampler
+from lib.run.files import UserError
 
 
 def plates(colours):

@@ -1,10 +1,10 @@
-"""lib/distances.py: Fréchet distances against independent values, intervals that cover, the extrapolation, PSNR."""
+"""lib/metrics/distances.py: Fréchet distances by independent values, intervals that cover, the extrapolation, PSNR."""
 import numpy as np
 import pytest
 from test_i3d import hash01
 
-from lib import distances
-from lib.distances import bootstrap, bootstrap_fd, extrapolate, fd, frechet
+from lib.metrics import distances
+from lib.metrics.distances import bootstrap, bootstrap_fd, extrapolate, fd, frechet
 
 
 def golden_features(n, d, key, shift=0.0):

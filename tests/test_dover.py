@@ -1,4 +1,4 @@
-"""lib/dover.py: golden scores, stages, sampler and fusion; frames, fragments and views."""
+"""lib/metrics/dover.py: golden scores, stages, sampler and fusion; frames, fragments and views."""
 import json
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import pytest
 import torch
 from test_i3d import filled, golden_input
 
-from lib import dover
-from lib.dover import DOVER, DOVERExtractor
-from lib.weights import load_strict
+from lib.metrics import dover
+from lib.metrics.dover import DOVER, DOVERExtractor
+from lib.nets.weights import load_strict
 
 GOLDEN = json.loads((Path(__file__).with_name("golden") / "dover.json").read_text())
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.files import UserError
+from lib.run.files import UserError
 from model import PRESETS
 from tools import dry_run
 

@@ -11,12 +11,12 @@ from test_sample import make_model
 import data
 import evaluate
 from data import TASKS, eval_mask
-from lib import extractors, scores, tables
-from lib.dover import DOVER
-from lib.files import UserError
-from lib.i3d import I3D
-from lib.standins import z0_errors
-from lib.weights import identity
+from lib.metrics import extractors, scores, tables
+from lib.metrics.dover import DOVER
+from lib.metrics.i3d import I3D
+from lib.metrics.standins import z0_errors
+from lib.nets.weights import identity
+from lib.run.files import UserError
 from sample import Sampler
 
 

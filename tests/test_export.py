@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib.autoencoder import load_vae
-from lib.files import UserError
-from lib.weights import identity
+from lib.nets.autoencoder import load_vae
+from lib.nets.weights import identity
+from lib.run.files import UserError
 from model import load_rdtf
 from sample import Sampler
 from tools import export

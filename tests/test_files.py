@@ -1,4 +1,4 @@
-"""lib/files.py and lib/options.py: nothing half-written is read, one process writes at a time, errors are one line."""
+"""lib/run/files.py, options.py: nothing half-written is read, one process writes at a time, errors are one line."""
 import errno
 import os
 import re
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from lib.files import UserError, atomic_write, check_outputs, file_hash, lock, rows, run_cli
-from lib.options import parse_fields
+from lib.run.files import UserError, atomic_write, check_outputs, file_hash, lock, rows, run_cli
+from lib.run.options import parse_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPECTED = np.arange(20, dtype=np.float32).reshape(10, 2)
@@ -29,7 +29,8 @@ BARE = """
 import importlib, os, pathlib, signal, sys
 import matplotlib.pyplot, open_clip, scipy.stats, torch.distributed, torchvision   # they may have it
 names = [path.stem for path in pathlib.Path().glob("*.py")]
-names += [f"{path.parent}.{path.stem}" for folder in ("lib", "tools") for path in pathlib.Path(folder).glob("*.py")]
+for folder in "lib", "tools":
+    names += [".".join(path.with_suffix("").parts) for path in pathlib.Path(folder).rglob("*.py")]
 for missing in "fcntl", "resource", "pwd", "grp", "termios", "pty":
     sys.modules[missing] = None
 for owner, gone in ((os, "posix_fadvise fork getuid nice sched_getaffinity mkfifo"), (signal, "SIGKILL SIGHUP pause")):
@@ -39,7 +40,7 @@ for owner, gone in ((os, "posix_fadvise fork getuid nice sched_getaffinity mkfif
 sys.platform = "win32"
 for name in sorted(names):
     importlib.import_module(name)
-from lib.cpu import keep_memory, peak_memory
+from lib.nets.cpu import keep_memory, peak_memory
 keep_memory()
 print(len(names), peak_memory())
 """
@@ -75,7 +76,7 @@ def test_rows_go_on_behind_what_a_killed_process_wrote(tmp_path, torn):
     """The third slice is not made; of the second the last row is missing where the write was torn."""
     code = """if True:
         import os, sys, numpy as np
-        from lib.files import rows
+        from lib.run.files import rows
         def make(part):
             if part.start == 8:
                 os.truncate(sys.argv[1] + ".part", 64 - int(sys.argv[2]))
@@ -91,7 +92,7 @@ def test_rows_go_on_behind_what_a_killed_process_wrote(tmp_path, torn):
 def test_a_second_process_waits_for_the_rows_of_the_first(tmp_path):
     code = """if True:
         import sys, numpy as np
-        from lib.files import rows
+        from lib.run.files import rows
         print(rows(sys.argv[1], 10, (2,), np.float32, 10, lambda part: sys.exit("made twice")).sum())"""
     children = []
 
@@ -106,7 +107,7 @@ def test_a_second_process_waits_for_the_rows_of_the_first(tmp_path):
 def test_a_lock_is_free_again_after_sigkill(tmp_path):
     code = """if True:
         import os, sys
-        from lib.files import lock
+        from lib.run.files import lock
         with lock(sys.argv[1], "the set"):
             if os.fork():                        # the child lives longer, as a loader's worker may
                 print("locked", flush=True)
@@ -189,7 +190,7 @@ def test_a_line_that_cannot_be_written_does_not_end_the_work(error, monkeypatch)
 
 CONSOLES = """if True:
     import contextlib, os, sys
-    from lib.files import run_cli
+    from lib.run.files import run_cli
     def main():
         with open(sys.argv[1], "w") as file:         # not one of the standard streams' numbers
             print("\u7b11 Fr\u00e9chet", flush=True)
@@ -233,7 +234,7 @@ def test_folders_without_locks(number, tmp_path, monkeypatch):
         def refuse(*_):
             raise OSError({number}, "no locks here")
         fcntl.flock = refuse
-        from lib.files import lock
+        from lib.run.files import lock
         with lock(sys.argv[1], "the set"):
             os.kill(os.getpid(), 9)"""
     assert start(code, path).wait(60) == -signal.SIGKILL and Path(f"{path}.soft").exists()
@@ -286,8 +287,8 @@ def test_arrows_point_one_way():
     """tools/ -> scripts -> lib/: lib imports no script, and nobody imports train.py."""
     scripts = {"model", "data", "curriculum", "train", "sample", "evaluate"}
     imported = {path: set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(), re.M))
-                for folder in (".", "lib", "tools") for path in (ROOT / folder).glob("*.py")}
-    assert len(imported) > 20
+                for path in [*ROOT.glob("*.py"), *ROOT.glob("lib/**/*.py"), *ROOT.glob("tools/*.py")]}
+    assert len(imported) > 50
     for path, names in imported.items():
         assert "train" not in names and "tools" not in names, path
-        assert path.parent.name != "lib" or not names & scripts, path
+        assert "lib" not in path.relative_to(ROOT).parts or not names & scripts, path

@@ -1,4 +1,4 @@
-"""lib/i3d.py: golden values at every length, preprocessing, the three forms of its weights.
+"""lib/metrics/i3d.py: golden values at every length, preprocessing, the three forms of its weights.
 
 Golden networks are filled by a hash of their parameters' names, so that no published weights are needed; the values are
 those of public implementations with the same filling."""
@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from lib.files import UserError
-from lib.i3d import I3D, I3DExtractor, extend, i3d_input
-from lib.weights import load_strict
+from lib.metrics.i3d import I3D, I3DExtractor, extend, i3d_input
+from lib.nets.weights import load_strict
+from lib.run.files import UserError
 
 GOLDEN = json.loads((Path(__file__).with_name("golden") / "i3d.json").read_text())
 

@@ -1,14 +1,14 @@
-"""lib/judge.py, tools/train_judge.py: pairs across styles, who is recognised, what is read and refused."""
+"""lib/metrics/judge.py, tools/train_judge.py: pairs across styles, who is recognised, what is read and refused."""
 import numpy as np
 import pytest
 import torch
 
-from lib import judge
-from lib.files import UserError
-from lib.judge import Judge, JudgeExtractor, load_judge, same_sticker
-from lib.prepare import prepare
-from lib.sources import draw_shape, split_of
-from lib.weights import save_model
+from lib.media.prepare import prepare
+from lib.media.sources import draw_shape, split_of
+from lib.metrics import judge
+from lib.metrics.judge import Judge, JudgeExtractor, load_judge, same_sticker
+from lib.nets.weights import save_model
+from lib.run.files import UserError
 from tools import train_judge
 
 COLOURS = ("red", "orange", "gold", "green", "blue", "purple", "black", "pink")

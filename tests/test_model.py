@@ -1,4 +1,4 @@
-"""model.py, lib/autoencoder.py, lib/cpu.py: published sizes and values, and no frame that is padding can be felt."""
+"""model.py; lib/nets/autoencoder.py, cpu.py: published sizes and values, and no frame that is padding can be felt."""
 import json
 from dataclasses import replace
 
@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import lib.cpu
+import lib.nets.cpu
 import model
 from data import tokenize
-from lib.autoencoder import VAE, VAEConfig, compose, load_vae
-from lib.cpu import Conv3x3, Linear, attend
-from lib.files import UserError
-from lib.text import END, TextEncoder
-from lib.weights import SD_SCALE
+from lib.nets.autoencoder import VAE, VAEConfig, compose, load_vae
+from lib.nets.cpu import Conv3x3, Linear, attend
+from lib.nets.text import END, TextEncoder
+from lib.nets.weights import SD_SCALE
+from lib.run.files import UserError
 from model import DFGN, PRESETS, RDTF, ClipContext, Config, Diffusion, DiffusionConfig
 
 TINY, TINY_VAE = PRESETS["tiny"].dfgn, PRESETS["tiny"].vae
@@ -153,7 +153,7 @@ def test_the_shortcut_starts_as_principal_components():
 @pytest.mark.parametrize("fast", [True, False])
 def test_padding_of_clips_and_captions_cannot_change_the_loss(temporal, fast, monkeypatch):
     """Clips of 3 and 2 frames give alone, as if there were no padding, what they give together."""
-    monkeypatch.setattr(lib.cpu, "ENABLED", fast)
+    monkeypatch.setattr(lib.nets.cpu, "ENABLED", fast)
     net = randomise(RDTF(tiny(f"dfgn.temporal={temporal}")))
     captions, t = ["a red cat", "a very long caption about nothing at all, twice over"], torch.tensor([300, 700])
     z0, noise, cond = latents(2, 8), latents(2, 8, 1), torch.tensor([[1.0] + [0] * 7] * 2)
@@ -399,7 +399,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_for_less_memory():
 
 
 def test_the_fast_ways_of_a_cpu_give_the_plain_results(monkeypatch):
-    """Outputs and gradients of lib.cpu's layers."""
+    """Outputs and gradients of lib.nets.cpu's layers."""
     wide, many = (normal(2, 300, *size).double().requires_grad_() for size in ((256,), (7, 6)))
     heads = [normal(2, 3, n, 8, seed=i).double().requires_grad_() for i, n in enumerate((6, 5, 5))]
     mask = torch.tensor([[1, 0, 0, 1, 1], [0, 1, 0, 0, 0]]).bool()
@@ -408,8 +408,8 @@ def test_the_fast_ways_of_a_cpu_give_the_plain_results(monkeypatch):
     for layer, inputs in cases:
         found = []
         for fast in (True, False):
-            monkeypatch.setattr(lib.cpu, "ENABLED", fast)
-            monkeypatch.setattr(lib.cpu, "MOST", 1)                   # of two sequences
+            monkeypatch.setattr(lib.nets.cpu, "ENABLED", fast)
+            monkeypatch.setattr(lib.nets.cpu, "MOST", 1)                   # of two sequences
             y = layer(*inputs)
             found.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
         for a, b in zip(*found):

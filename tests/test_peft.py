@@ -1,4 +1,4 @@
-"""lib/peft.py: the compared methods begin as their base, train what they should alone, and travel as files."""
+"""lib/nets/peft.py: the compared methods begin as their base, train what they should alone, and travel as files."""
 import shutil
 from dataclasses import replace
 
@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import run_train
 
-from lib import loop, peft
-from lib.files import UserError
-from lib.text import END
-from lib.weights import identity, read_metadata, read_weights
+from lib.nets import peft
+from lib.nets.text import END
+from lib.nets.weights import identity, read_metadata, read_weights
+from lib.run import loop
+from lib.run.files import UserError
 from model import PRESETS, RDTF, ClipContext, Config, load_rdtf
 from sample import Sampler
 

@@ -1,4 +1,4 @@
-"""lib/prepare.py: the same set at any number of workers and after any kill; what is refused; reading a set."""
+"""lib/media/prepare.py: the same set at any number of workers and after any kill; what is refused; reading a set."""
 import functools
 import os
 import re
@@ -13,12 +13,12 @@ import pytest
 from test_media import moving_square
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from lib import prepare as prepare_module
-from lib.files import UserError, read_jsonl
-from lib.index import Index
-from lib.media import read_animation, write_animation
-from lib.prepare import prepare
-from lib.sources import plain_job, split_of
+from lib.media import prepare as prepare_module
+from lib.media.index import Index
+from lib.media.pictures import read_animation, write_animation
+from lib.media.prepare import prepare
+from lib.media.sources import plain_job, split_of
+from lib.run.files import UserError, read_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 

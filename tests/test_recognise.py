@@ -2,10 +2,10 @@
 import numpy as np
 import torch
 
-from lib.judge import Judge, JudgeExtractor
-from lib.media import write_animation
-from lib.sources import draw_shape
-from lib.weights import save_model
+from lib.media.pictures import write_animation
+from lib.media.sources import draw_shape
+from lib.metrics.judge import Judge, JudgeExtractor
+from lib.nets.weights import save_model
 from tools import recognise
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import evaluate
-from lib.files import UserError
-from lib.media import write_animation
+from lib.media.pictures import write_animation
+from lib.run.files import UserError
 from tools import report
 
 NASTY = 'a"><img src=q onerror=alert(1)>&amp;'

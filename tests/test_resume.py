@@ -18,10 +18,10 @@ from conftest import run_train
 from test_train import RUN_FILES, SCRIPT, assert_same, log_of, options, state_of
 
 import train
-from lib import checkpoints, loop
-from lib import run as run_folder
-from lib.autoencoder import VAE
-from lib.files import UserError, run_cli
+from lib.nets.autoencoder import VAE
+from lib.run import checkpoints, loop
+from lib.run import folder as run_folder
+from lib.run.files import UserError, run_cli
 from model import load_rdtf
 
 

@@ -13,10 +13,10 @@ from PIL import Image
 
 import sample
 from data import TASKS, tokenize
-from lib import media
-from lib.files import UserError, file_hash
-from lib.media import read_animation, square, write_animation
-from lib.weights import save_model
+from lib.media import pictures
+from lib.media.pictures import read_animation, square, write_animation
+from lib.nets.weights import save_model
+from lib.run.files import UserError, file_hash
 from model import PRESETS, RDTF, VAE, Diffusion, DiffusionConfig, SamplingConfig, load_rdtf, preset
 from sample import Sampler, branches, ddim, ddim_step, guided_eps, place_frames, timesteps
 
@@ -253,9 +253,9 @@ def test_an_output_never_replaces_an_input(run, monkeypatch):
 
 def test_what_is_made_is_written_as_it_is_made(run, monkeypatch, capsys):
     """One that cannot be written does not take the others; what interrupts, those that are there."""
-    plain = media.write_bytes
-    monkeypatch.setattr(media, "write_bytes", lambda path, content: plain(path, content) if "blue" not in str(path) else
-                        (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    plain = pictures.write_bytes
+    monkeypatch.setattr(pictures, "write_bytes", lambda path, content: plain(path, content)
+                        if "blue" not in str(path) else (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="1 of 4 stickers could not be written: .*blue-square.webp: .*No space left"):
         run("--prompt", "red circle", "star", "blue square", "green star", "--batch", 3, "--sheet", "s.png")
     assert sorted(p.name for p in Path().iterdir()) == ["green-star.webp", "red-circle.webp", "s.png", "star.webp"]

@@ -1,4 +1,4 @@
-"""lib/sources.py: what packages, manifests, folders and the drawing of shapes give; concepts and splits."""
+"""lib/media/sources.py: what packages, manifests, folders and the drawing of shapes give; concepts and splits."""
 import hashlib
 import io
 import json
@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 import data
-from lib import sources
-from lib.files import UserError, numbered_lines
+from lib.media import sources
+from lib.run.files import UserError, numbered_lines
 
 VARIANTS = [
     ["waving hand", "waving hand: light skin tone", "waving hand: medium-dark skin tone"],

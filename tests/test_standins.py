@@ -1,13 +1,13 @@
-"""lib/standins.py: features are fixed, appearance is blind to order and motion is not, distances grow with damage."""
+"""lib/metrics/standins.py: features are fixed, appearance is blind to order, motion is not; damage is distance."""
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.ndimage import gaussian_filter
 
-from lib.distances import on_white, to_signed
-from lib.sources import COLOURS, MOTIONS, SHAPES, draw_shape
-from lib.standins import APPEARANCE, RandomFeatures, StandinExtractor, fd_app, fd_mot, looped
+from lib.media.sources import COLOURS, MOTIONS, SHAPES, draw_shape
+from lib.metrics.distances import on_white, to_signed
+from lib.metrics.standins import APPEARANCE, RandomFeatures, StandinExtractor, fd_app, fd_mot, looped
 
 
 def shape_clips(n, seed, side=64):

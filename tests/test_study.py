@@ -9,8 +9,8 @@ import urllib.parse
 import numpy as np
 import pytest
 
-from lib.files import UserError
-from lib.media import read_animation
+from lib.media.pictures import read_animation
+from lib.run.files import UserError
 from tools import study
 
 METHODS = ["method-alpha", "gamma-ray", "zeta-net"]

@@ -12,12 +12,13 @@ from conftest import run_train
 
 import data
 import train
-from lib import stages, towers
-from lib.files import UserError
-from lib.options import parse_fields
-from lib.text import learnt_concepts
-from lib.towers import load_minilm, pack, unpack
-from lib.weights import read_own, save_model
+from lib.nets import towers
+from lib.nets.text import learnt_concepts
+from lib.nets.towers import load_minilm, pack, unpack
+from lib.nets.weights import read_own, save_model
+from lib.run import stages
+from lib.run.files import UserError
+from lib.run.options import parse_fields
 from model import load_rdtf, preset
 from sample import Sampler
 from tools import make_minilm, refit_text

@@ -16,14 +16,14 @@ from conftest import run_train
 import data
 import train
 from data import TASKS
-from lib import loop
-from lib.autoencoder import load_vae
-from lib.checkpoints import check_same_config, flat, read_config, shown
-from lib.files import UserError, file_hash
-from lib.media import to_tensor, write_animation
-from lib.stages import load_base
-from lib.towers import load_tower
-from lib.weights import identity, load_fitting, save_model
+from lib.media.pictures import to_tensor, write_animation
+from lib.nets.autoencoder import load_vae
+from lib.nets.towers import load_tower
+from lib.nets.weights import identity, load_fitting, save_model
+from lib.run import loop
+from lib.run.checkpoints import check_same_config, flat, read_config, shown
+from lib.run.files import UserError, file_hash
+from lib.run.stages import load_base
 from model import PRESETS, RDTF, Config, load_rdtf, preset
 from sample import Sampler
 from train import TrainConfig

@@ -1,4 +1,4 @@
-"""lib/weights.py: files from others are data; those that do not fit are refused with the reason."""
+"""lib/nets/weights.py: files from others are data; those that do not fit are refused with the reason."""
 import json
 import shutil
 import struct
@@ -11,10 +11,10 @@ from conftest import TINY_CLIP
 from safetensors.torch import save_file
 
 from data import tokenize
-from lib import towers
-from lib import weights as W
-from lib.autoencoder import SD_VAE, load_vae
-from lib.files import UserError, file_hash
+from lib.nets import towers
+from lib.nets import weights as W
+from lib.nets.autoencoder import SD_VAE, load_vae
+from lib.run.files import UserError, file_hash
 from model import PRESETS, RDTF, Config, load_rdtf
 
 

@@ -32,13 +32,13 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
-from lib.cpu import keep_memory  # noqa: E402
-from lib.files import UserError, run_cli  # noqa: E402
-from lib.i3d import I3D  # noqa: E402
-from lib.media import even_frames, read_animation, to_tensor  # noqa: E402
-from lib.options import flag  # noqa: E402
-from lib.sources import FLUENT, fetch, tar_stickers  # noqa: E402
-from lib.tables import markdown  # noqa: E402
+from lib.media.pictures import even_frames, read_animation, to_tensor  # noqa: E402
+from lib.media.sources import FLUENT, fetch, tar_stickers  # noqa: E402
+from lib.metrics.i3d import I3D  # noqa: E402
+from lib.metrics.tables import markdown  # noqa: E402
+from lib.nets.cpu import keep_memory  # noqa: E402
+from lib.run.files import UserError, run_cli  # noqa: E402
+from lib.run.options import flag  # noqa: E402
 from model import DFGN, PRESETS, RDTF, count  # noqa: E402
 
 PAPER = PRESETS["paper"].dfgn

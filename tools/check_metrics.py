@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from data import StickerSet  # noqa: E402
 from evaluate import DISTANCES, DISTANT, pick, read_clips, to_white  # noqa: E402
-from lib.clip import clip_scores  # noqa: E402
-from lib.dover import dover_fuse  # noqa: E402
-from lib.files import UserError, run_cli  # noqa: E402
-from lib.tables import markdown  # noqa: E402
+from lib.metrics.clip import clip_scores  # noqa: E402
+from lib.metrics.dover import dover_fuse  # noqa: E402
+from lib.metrics.tables import markdown  # noqa: E402
+from lib.run.files import UserError, run_cli  # noqa: E402
 
 T, SEEDS, HELD_OUT = 8, 3, 512
 

@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data import TASKS, StickerSet  # noqa: E402
-from lib.files import UserError, read_json, read_jsonl, run_cli  # noqa: E402
-from lib.options import check_least  # noqa: E402
-from lib.tables import markdown  # noqa: E402
+from lib.metrics.tables import markdown  # noqa: E402
+from lib.run.files import UserError, read_json, read_jsonl, run_cli  # noqa: E402
+from lib.run.options import check_least  # noqa: E402
 from model import PRESETS  # noqa: E402
 
 TASKS_OF = {"1": ["it2v"], "2": ["interpolation", "prediction_forward", "prediction_backward"]}

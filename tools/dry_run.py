@@ -17,10 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.files import UserError, run_cli  # noqa: E402
-from lib.options import check_least, check_words, parse_fields  # noqa: E402
-from lib.text import END  # noqa: E402
-from lib.towers import LENGTH, MiniLM  # noqa: E402
+from lib.nets.text import END  # noqa: E402
+from lib.nets.towers import LENGTH, MiniLM  # noqa: E402
+from lib.run.files import UserError, run_cli  # noqa: E402
+from lib.run.options import check_least, check_words, parse_fields  # noqa: E402
 from model import RDTF, VAE, Layer, count, preset  # noqa: E402
 
 

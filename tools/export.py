@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.files import UserError, check_outputs, run_cli  # noqa: E402
-from lib.options import apply_changes  # noqa: E402
-from lib.weights import is_own, model_file, read_metadata, save_model  # noqa: E402
+from lib.nets.weights import is_own, model_file, read_metadata, save_model  # noqa: E402
+from lib.run.files import UserError, check_outputs, run_cli  # noqa: E402
+from lib.run.options import apply_changes  # noqa: E402
 from model import Config  # noqa: E402
 
 

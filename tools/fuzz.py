@@ -15,8 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from lib.files import UserError, first_line, run_cli  # noqa: E402
-from lib.media import FORMATS, MAX_PIXELS, read_animation  # noqa: E402
+from lib.media.pictures import FORMATS, MAX_PIXELS, read_animation  # noqa: E402
+from lib.run.files import UserError, first_line, run_cli  # noqa: E402
 
 SECONDS = 60                                     # more than that is a hang
 MEMORY = int(8 * MAX_PIXELS) + 2**31             # bytes of address space: its frames twice, and the libraries

@@ -17,9 +17,9 @@ from safetensors.torch import load
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import StickerSet  # noqa: E402
-from lib.files import UserError, run_cli  # noqa: E402
-from lib.towers import LAYERS, MINILM, MiniLM, load_minilm, pack  # noqa: E402
-from lib.weights import save_model  # noqa: E402
+from lib.nets.towers import LAYERS, MINILM, MiniLM, load_minilm, pack  # noqa: E402
+from lib.nets.weights import save_model  # noqa: E402
+from lib.run.files import UserError, run_cli  # noqa: E402
 
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"   # of the published model.safetensors
 RIDGE = 1.0                               # share of the mean variance that whitening adds to every direction
@@ -40,7 +40,7 @@ def read_wheel(path):
 
 
 def named(theirs, length):
-    """The published weights by the names of lib.towers.MiniLM. A text is one segment, whose embedding is a constant."""
+    """The published weights by the names of our MiniLM. A text is one segment, whose embedding is a constant."""
     def both(name):
         return {part: theirs[f"{name}.{part}"] for part in ("weight", "bias")}
     kinds = theirs["embeddings.token_type_embeddings.weight"][0]

@@ -11,11 +11,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.distances import on_white  # noqa: E402
-from lib.files import run_cli  # noqa: E402
-from lib.judge import SHIPPED, JudgeExtractor  # noqa: E402
-from lib.media import read_animation, square  # noqa: E402
-from lib.writing import slug  # noqa: E402
+from lib.media.pictures import read_animation, square  # noqa: E402
+from lib.media.writing import slug  # noqa: E402
+from lib.metrics.distances import on_white  # noqa: E402
+from lib.metrics.judge import SHIPPED, JudgeExtractor  # noqa: E402
+from lib.run.files import run_cli  # noqa: E402
 
 
 def main(argv=None):

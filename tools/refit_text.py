@@ -17,13 +17,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402
-from lib.autoencoder import load_vae  # noqa: E402
-from lib.draws import rng_for  # noqa: E402
-from lib.files import UserError, check_outputs, run_cli  # noqa: E402
-from lib.layers import masked_mean  # noqa: E402
-from lib.text import learnt_concepts  # noqa: E402
-from lib.towers import MiniLM, cache_features, name_minilm  # noqa: E402
-from lib.weights import find_file, save_model  # noqa: E402
+from lib.nets.autoencoder import load_vae  # noqa: E402
+from lib.nets.layers import masked_mean  # noqa: E402
+from lib.nets.text import learnt_concepts  # noqa: E402
+from lib.nets.towers import MiniLM, cache_features, name_minilm  # noqa: E402
+from lib.nets.weights import find_file, save_model  # noqa: E402
+from lib.run.draws import rng_for  # noqa: E402
+from lib.run.files import UserError, check_outputs, run_cli  # noqa: E402
 from model import RDTF, TextConfig, load_rdtf  # noqa: E402
 
 QUERIES = 16                              # cells of a still whose queries are kept

@@ -18,9 +18,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from data import TASKS, eval_mask  # noqa: E402
-from lib.files import UserError, atomic_write, check_outputs, read_json, read_jsonl, run_cli  # noqa: E402
-from lib.media import save  # noqa: E402
-from lib.tables import all_of  # noqa: E402
+from lib.media.pictures import save  # noqa: E402
+from lib.metrics.tables import all_of  # noqa: E402
+from lib.run.files import UserError, atomic_write, check_outputs, read_json, read_jsonl, run_cli  # noqa: E402
 
 STYLE = """
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif; }

@@ -18,9 +18,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import evaluate  # noqa: E402
 from data import eval_mask  # noqa: E402
-from lib.files import UserError, atomic_write, json_hash, run_cli, write_json  # noqa: E402
-from lib.media import write_animation  # noqa: E402
-from lib.tables import markdown, with_interval  # noqa: E402
+from lib.media.pictures import write_animation  # noqa: E402
+from lib.metrics.tables import markdown, with_interval  # noqa: E402
+from lib.run.files import UserError, atomic_write, json_hash, run_cli, write_json  # noqa: E402
 
 CRITERIA = dict(text="Which fits the text best?", interest="Which is the most interesting?", motion="Which moves best?")
 

@@ -1,4 +1,4 @@
-"""Train the judge of Recog@1 (lib/judge.py) on emoji stills in three styles, on a CPU.
+"""Train the judge of Recog@1 (lib/metrics/judge.py) on emoji stills in three styles, on a CPU.
 
     python tools/train_judge.py --precision bf16 --data data/emoji --out checkpoints/judge.safetensors
 
@@ -17,13 +17,13 @@ from tqdm import trange
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import StickerSet  # noqa: E402
-from lib.cpu import keep_memory  # noqa: E402
-from lib.distances import bootstrap, on_white, to_signed  # noqa: E402
-from lib.draws import rng_for  # noqa: E402
-from lib.files import UserError, check_outputs, run_cli  # noqa: E402
-from lib.judge import Judge  # noqa: E402
-from lib.sources import split_of  # noqa: E402
-from lib.weights import save_model  # noqa: E402
+from lib.media.sources import split_of  # noqa: E402
+from lib.metrics.distances import bootstrap, on_white, to_signed  # noqa: E402
+from lib.metrics.judge import Judge  # noqa: E402
+from lib.nets.cpu import keep_memory  # noqa: E402
+from lib.nets.weights import save_model  # noqa: E402
+from lib.run.draws import rng_for  # noqa: E402
+from lib.run.files import UserError, check_outputs, run_cli  # noqa: E402
 
 REFERENCE = ("noto", "twemoji")                  # whose drawings are a concept's place
 

@@ -1,0 +1,1 @@
+"""What evaluate.py measures: the networks, their distances and scores, the tables."""

@@ -1,0 +1,1 @@
+"""Networks beside the DFGN, their layers and files; the methods that tune a base."""

@@ -1,0 +1,1 @@
+"""What any long command needs: files, options, processes, checkpoints, resuming."""
