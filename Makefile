@@ -64,7 +64,7 @@ claim: data/fluent/meta.json data/source/meta.json
 
 GROUPS := smileys-emotion animals-nature people-body travel-places
 ABLATIONS := conv3d sti ddu lcl dcl
-NO_DDU := --tasks it2v --frames full --still-share 0
+NO_DDU := --tasks it2v --lengths full --still-share 0
 
 ablations: $(foreach seed,0 1 2,$(ABLATIONS:%=runs/ablations/%-$(seed)/trained))
 	$(PY) evaluate.py --table 3 --rows "DFGN(3D-Conv)=runs/ablations/conv3d-*" "DFGN=runs/ablations/sti-*" \

@@ -3,10 +3,10 @@
     python curriculum.py --plot assets/curriculum.png              # weights and entropy of the three modes
     python curriculum.py --plot out.png --log runs/dfgn/log.jsonl  # the same with a run's own entropy
 
-Few unknown frames make an easy task (low entropy), many a hard one: by the masks of data.py predictions (0.50) and
-interpolation (0.54) before the generation tasks (0.88 and 1), though the weights begin with interpolation, as in the
-paper. A task's probability is proportional to a static weight, a straight line over the training, plus an adaptive one
-that follows the loss through a PID score. Modes: none (uniform; "w/o CL"), linear (static; LCL), adaptive (both; DCL).
+Few unknown frames make an easy task (low entropy), many a hard one: by the masks of data.py predictions have 0.50,
+interpolation 0.54, with which the weights begin as in the paper, generation 0.88 and 1. A task's probability: a static
+weight, a line over the training, plus an adaptive one by a PID score of the loss, both normalised.
+Modes: none (uniform; "w/o CL"), linear (static; LCL), adaptive (both; DCL).
 """
 import argparse
 import io
@@ -41,10 +41,9 @@ class Curriculum:
         self.mode, self.steps = mode, max(steps, 1)
         self.trained = np.array([not tasks or task in tasks for task in TASKS], float)
         self.smooth = smooth or max(self.steps // 20, WARMUP)
-        self.losses, self.scores = deque(maxlen=WINDOW), deque(maxlen=WINDOW)
+        self.losses, self.scores, self.r = deque(maxlen=WINDOW), deque(maxlen=WINDOW), 0.0
         self.reference = max(losses // (10 * len(TASKS) * DECILES), 5)
         self.sums, self.counts = np.zeros((2, len(TASKS), DECILES))
-        self.r = 0.0
 
     def weights(self, step):
         """Unnormalised weights (tasks,) at a step."""
@@ -64,10 +63,9 @@ class Curriculum:
         return float(self.probabilities(step) @ UNKNOWN)
 
     def normalise(self, losses, tasks, deciles):
-        """Losses (n,) divided by the mean of the first of their (task, timestep decile), frozen from then on.
+        """Losses (n,) divided by the mean of the first of their (task, timestep decile), which they mostly tell of.
 
-        The bare loss says little but which task and timestep were drawn. A mean that kept running would follow the
-        loss down, and a plateau would then look like a rise."""
+        It is frozen then: a mean that kept running would follow the loss down, and a plateau would look like a rise."""
         for loss, *cell in zip(losses, tasks, deciles):
             if self.counts[*cell] < self.reference:
                 self.sums[*cell] += loss
@@ -95,14 +93,13 @@ class Curriculum:
 def simulate(mode, steps=2000, seed=0):
     """Probabilities (steps, tasks) and entropy (steps,) under a made-up loss that falls by half, of batches of 16."""
     rng, curriculum = np.random.default_rng(seed), Curriculum(mode, steps, losses=16 * steps)
-    probabilities, entropy = [], []
+    probabilities = np.zeros((steps, len(TASKS)))
     for step in range(steps):
-        probabilities.append(curriculum.probabilities(step))
-        entropy.append(curriculum.entropy(step))
-        tasks, deciles = rng.choice(len(TASKS), 16, p=probabilities[-1]), rng.integers(0, 10, 16)
+        probabilities[step] = curriculum.probabilities(step)
+        tasks, deciles = rng.choice(len(TASKS), 16, p=probabilities[step]), rng.integers(0, 10, 16)
         falling = 0.5 + 0.5 * np.exp(-4 * step / steps)
         curriculum.observe(UNKNOWN[tasks] * falling * rng.gamma(8, 1 / 8, 16), tasks, deciles)
-    return np.array(probabilities), np.array(entropy)
+    return probabilities, probabilities @ UNKNOWN
 
 
 def read_entropy(log):
@@ -116,8 +113,7 @@ def read_entropy(log):
 
 def plot(path, log=None):
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(15, 3.4), layout="constrained")
-    axes = fig.subplots(1, 4)
+    axes = (fig := Figure(figsize=(15, 3.4), layout="constrained")).subplots(1, 4)
     for mode, axis in zip(MODES, axes):
         probabilities, entropy = simulate(mode)
         for task, p in zip(TASKS, probabilities.T):
@@ -127,8 +123,7 @@ def plot(path, log=None):
     steps, measured = read_entropy(log) if log else ([], {})
     for (name, values), style in zip(measured.items(), ("k", "k:")):
         axes[3].plot(np.array(steps) / steps[-1], values, style, label=f"{name}, measured")
-    axes[3].set_title("expected sample entropy H")
-    axes[2].legend(fontsize=7), axes[3].legend(fontsize=7)
+    axes[3].set_title("expected sample entropy H"), axes[2].legend(fontsize=7), axes[3].legend(fontsize=7)
     fig.supxlabel("share of the training")
     fig.savefig(file := io.BytesIO(), dpi=110, format="png")
     write_bytes(path, file.getvalue())

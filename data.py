@@ -8,12 +8,10 @@
 
 Key frames: paper Fig. 3 and Table 6. Condition masks: paper Table 7. Every draw is a function of (seed, step, n).
 """
-import argparse
 import functools
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,12 +19,12 @@ from PIL import Image
 
 from lib.media import sources
 from lib.media.index import SPLITS, Chain, Index, JoinedIndex, Members
-from lib.media.pictures import MAX_DECODED, MAX_FRAMES, even_frames, to_tensor
+from lib.media.pictures import even_frames, to_tensor
 from lib.media.prepare import prepare
 from lib.nets.towers import clip_tokenizer
+from lib.run.data_options import parse_options
 from lib.run.draws import rng_for
 from lib.run.files import UserError, cache_path, rows, run_cli
-from lib.run.options import check_least, check_most
 
 TASKS = ("t2v", "i2v", "it2v", "interpolation", "prediction_forward", "prediction_backward")
 MAX_KEYS = 8                                     # paper Table 6: k = 3..8
@@ -94,7 +92,7 @@ def draw_frames(c, step, T):
     rng = rng_for(c.seed, step, 0, 3)
     if rng.random() < c.still_share:
         return 1, T
-    whole = c.frames != "step" or T < 4 or rng.random() < 0.5
+    whole = c.lengths != "step" or T < 4 or rng.random() < 0.5
     return (T if whole else int(rng.integers(3, T))), 1
 
 
@@ -332,7 +330,7 @@ class ClipDataset(torch.utils.data.Dataset):
         self.animated = Members(sticker_set.concept, np.flatnonzero(sticker_set.lengths > 2))
         if k == "step" and not len(self.animated):
             raise UserError(f"{sticker_set.folder}: no sticker of this split has 3 frames or more; "
-                            "--frames sample trains on shorter ones")
+                            "--lengths sample trains on shorter ones")
 
     def __len__(self):
         return len(self.everything)
@@ -364,39 +362,8 @@ class ClipDataset(torch.utils.data.Dataset):
                     n=len(idx), index=index, **words)
 
 
-# ---- command line
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = {name: commands.add_parser(name).add_argument for name in ("fluent", "emoji", "vsd2m", "folder", "synthetic")}
-    parts = list(sources.FLUENT)
-    add["fluent"]("--parts", type=int, nargs="+", choices=parts, default=parts, help="which packages")
-    add["emoji"]("--hold-out", choices=("fluent", "all"), default="fluent", help="styles whose drawings of held-out "
-                 "concepts are not trained on (default: %(default)s)")
-    add["emoji"]("--styles", nargs="+", choices=list(sources.STILLS), default=list(sources.STILLS), help="default: all")
-    add["emoji"]("--moving", action="store_true", help="move each still by a motion that its caption names")
-    add["vsd2m"]("manifest")
-    add["vsd2m"]("--root", required=True, help="folder that visual_path is relative to")
-    add["vsd2m"]("--limit", type=int, help="use the first lines alone")
-    add["folder"]("folder")
-    add["synthetic"]("--n", type=int, default=64, help="stickers to draw")
-    for name in ("vsd2m", "folder"):
-        add[name]("--allow-outside", action="store_true", help="read files outside the folder too")
-    for name in add:
-        add[name]("--out", default=f"data/{name}", help="prepared set to write")
-        add[name]("--size", type=int, default=64, help="pixels a side")
-        add[name]("--workers", type=int, default=2, help="decoding processes")
-        add[name]("--most-frames", type=int, default=MAX_FRAMES, help="frames of a long clip in the set")
-    o = parser.parse_args(argv)
-    check_least(o, **{name: 1 for name in ("size", "workers", "most_frames", "n", "limit") if name in o})
-    check_most(o, size=1024, most_frames=MAX_DECODED)
-    if not Path(o.out).name:
-        raise UserError(f"--out {o.out}: name the folder to write")
-    return o
-
-
 def main(argv=None):
-    o = parse(argv)
+    o = parse_options(__doc__, argv)
     source, jobs, more = sources.source_of(o)
     import scipy.cluster.vq  # noqa: F401        here once, before workers are forked
     prepare(o.out, o.size, source, jobs, key_table, o.workers, o.most_frames, **more)

@@ -92,7 +92,7 @@ class TrainConfig:
     tasks: list = field(default_factory=list)  # tasks to train on; none named: all six
     curriculum: str = "adaptive"          # none, linear, adaptive
     how: str = "mixed"                    # frames of a clip: kmeans (paper), even, mixed (a coin decides)
-    frames: str = "step"                  # k of 3..T frames is drawn per step, or per sample (paper); full: always T
+    lengths: str = "step"                 # k of 3..T frames is drawn per step, or per sample (paper); full: always T
     still_share: float = 0.5              # share of the steps on single frames, T of them for a clip
     word_dropout: float = 0.2             # a word of a caption becomes "#"
     keywords: float = 0.5                 # keywords are appended to a caption
@@ -187,7 +187,7 @@ class DFGNStage(Stage):
         """Yield (arguments of RDTF.forward, tags (b, 4)): task, timestep, number of the sticker, real frames."""
         c, T = self.config, self.preset.frames
         clips = data.ClipDataset(self.stickers, self.latents, c.seed, c.batch, T, c.how,
-                                 "sample" if c.frames == "sample" else "step", c.word_dropout, c.keywords, self.texts,
+                                 "sample" if c.lengths == "sample" else "step", c.word_dropout, c.keywords, self.texts,
                                  self.features.shape[1:] if self.preset.text.kind == "minilm" else ())
         sampler = StepSampler(c.batch, start, c.steps, self.rank, self.world, lambda step: data.draw_frames(c, step, T))
         for step, batch in enumerate(loop.load_batches(clips, sampler, workers, self.device), start):

@@ -54,7 +54,7 @@ def values(command, *options):
 
 
 CASES = [                                        # (command, input, message)
-    *values(TRAIN, "--stage gan", "--curriculum fast", "--how odd", "--frames some", "--precision int8", "--steps 0",
+    *values(TRAIN, "--stage gan", "--curriculum fast", "--how odd", "--lengths some", "--precision int8", "--steps 0",
             "--lr-schedule step", "--set dfgn.layers=0", "--set diffusion.beta_end=9", "--batch 0",
             "--save-every 0", "--seed -1", "--preset big", "--groups ghost",
             "--set dfgn.colour=1", "--set dfgn.layers=two", "--set vae.size=17"),

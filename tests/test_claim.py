@@ -54,7 +54,7 @@ def test_every_row_is_trained_and_compared(argv, tmp_path, capfd):
     for place, options in runs.items():
         masks, first = place.startswith("rdtf") or "curriculum" in place, place.endswith("absorber")
         assert options["tasks"] == ([] if masks else list(data.TASKS) if first else compared)
-        assert (options["curriculum"], options["frames"]) == (("adaptive", "step") if masks else ("none", "full"))
+        assert (options["curriculum"], options["lengths"]) == (("adaptive", "step") if masks else ("none", "full"))
         assert options["still_share"] == (0.5 if masks else 1.0 if first else 0.0)
         assert bool(options["base"]) == (options["method"] != "rdtf")
         assert ("dfgn.ff_mult=2" in options["set"]) == ("width" in place)

@@ -209,7 +209,7 @@ def test_steps_of_whole_clips_and_of_single_frames(synthetic):
     assert {dataset.set.lengths[dataset[s, 0, 1, s]["index"]] == 1 for s in range(20)} == {True, False}
     stickers = data.StickerSet(synthetic[0])
     stickers.lengths = np.ones_like(stickers.lengths)
-    for latents, reason in ((synthetic[1][1:], "latents"), (synthetic[1], "3 frames or more; --frames sample")):
+    for latents, reason in ((synthetic[1][1:], "latents"), (synthetic[1], "3 frames or more; --lengths sample")):
         with pytest.raises(UserError, match=reason):
             data.ClipDataset(stickers, latents, 0, 4, k="step")
 

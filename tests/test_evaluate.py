@@ -106,7 +106,7 @@ def test_errors_are_those_of_the_training_loss(few, task):
         assert errors.shape == (3, 2, 8)
         for i, t in enumerate(torch.full((3,), t) for t in steps):
             with torch.no_grad():
-                want = net(z0=z0, tokens=data.tokenize(captions), t=t, noise=noise, cond_mask=given, loss_mask=real)
+                want = net(z0=z0, text=data.tokenize(captions), t=t, noise=noise, cond_mask=given, loss_mask=real)
             got = net.diffusion.z0_weight(t).numpy() * errors[:, i, mask == 0].mean(1)
             assert got == pytest.approx(want.numpy(), rel=1e-4)
 
@@ -243,9 +243,9 @@ def test_whole_run_with_weights(world, clip_folder, tmp_path, capsys, monkeypatc
 def test_runs_are_compared_by_what_differs(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fd = {name: dict(value=value, interval=[0, 9]) for name, value in (("FD-app", 0.5), ("FD-mot", 0.25))}
-    for name, steps, margin, frames in (("a", 10, 1.5, "step"), ("b", 12, 0.5, "sample")):
+    for name, steps, margin, lengths in (("a", 10, 1.5, "step"), ("b", 12, 0.5, "sample")):
         Path(name).mkdir()
-        config = dict(train=dict(steps=steps, frames=frames, out=name), model=dict(frames=8, dfgn=dict(groups=4)))
+        config = dict(train=dict(steps=steps, lengths=lengths, out=name), model=dict(frames=8, dfgn=dict(groups=4)))
         prediction = {"over copying": dict(value=margin, interval=[margin - 0.1, margin + 0.1])}
         report = dict(step=steps, protocol="p", tasks=dict(t2v=dict(prediction=None, fd=dict(model=fd)),
                                                            it2v=dict(prediction=prediction, fd=dict(model=fd))))
@@ -254,7 +254,7 @@ def test_runs_are_compared_by_what_differs(tmp_path, capsys, monkeypatch):
     evaluate.main(["--compare", "a", "b"])
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "| a | - | 10 | 1.50 [1.40, 1.60] | 0.50, 0.25 | 0.50, 0.25 |",
-        '| b | steps=12, frames="sample" | 12 | 0.50 [0.40, 0.60] | 0.50, 0.25 | 0.50, 0.25 |']
+        '| b | steps=12, lengths="sample" | 12 | 0.50 [0.40, 0.60] | 0.50, 0.25 | 0.50, 0.25 |']
     for change, reason in ((dict(seed=1), "with another seed"), (dict(protocol="q"), "with another protocol"),
                            (dict(tasks={}), "on other --tasks")):
         Path("b", "eval.json").write_text(json.dumps({**report, **change}))

@@ -86,7 +86,7 @@ def die(*_, **__):
 @pytest.mark.parametrize("stage, number, more", [
     ("vae", signal.SIGTERM, {}), ("dfgn", signal.SIGINT, {}), ("dfgn", signal.SIGHUP, {}), ("vae", signal.SIGUSR1, {}),
     ("dfgn", signal.SIGUSR2, {}), ("dfgn", signal.SIGXCPU, dict(workers=1)), ("dfgn", signal.SIGQUIT, {}),
-    ("dfgn", signal.SIGTERM, dict(frames="sample", still_share=0, workers=1))])
+    ("dfgn", signal.SIGTERM, dict(lengths="sample", still_share=0, workers=1))])
 def test_a_signal_saves_and_the_run_goes_on(stage, number, more, vae_argv, argv, tmp_path):
     """To the whole process group, so to its loaders, too, as job schedulers send it; within a log window."""
     argv = options(vae_argv if stage == "vae" else argv, steps=6, log_every=4, save_every=100, **more)

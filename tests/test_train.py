@@ -204,7 +204,7 @@ def test_frames_of_a_step_and_learning_rate():
     assert np.mean(frames[frames > 1] == 8) == pytest.approx(0.5, abs=0.03)
     assert [np.mean(frames[frames > 1] == k) for k in range(3, 8)] == pytest.approx([0.1] * 5, abs=0.02)
     for policy in ("full", "sample"):
-        whole = TrainConfig(frames=policy, still_share=0)
+        whole = TrainConfig(lengths=policy, still_share=0)
         assert {data.draw_frames(whole, s, 8) for s in range(50)} == {(8, 1)}
     cosine, constant = (TrainConfig(steps=100, warmup=10, lr=2.0, lr_schedule=s) for s in ("cosine", "constant"))
     assert [train.learning_rate(constant, s) for s in (0, 4, 9, 50, 99)] == pytest.approx([0.2, 1, 2, 2, 2])
@@ -220,7 +220,7 @@ def test_the_curriculum_sees_clips_alone(dfgn_argv, tmp_path, monkeypatch):
     assert seen == [] and line["entropy_all"] == 1 and 0.3 < line["entropy"] < 0.9
     monkeypatch.setattr(data.ClipDataset, "variants", lambda self, *_: [0] if _[1] else [1])     # sample 0, the others
     stickers = data.StickerSet(dfgn_argv[dfgn_argv.index("--data") + 1], "train")
-    run_train(*options(dfgn_argv, steps=2, out=tmp_path / "mixed", frames="sample", still_share=0,
+    run_train(*options(dfgn_argv, steps=2, out=tmp_path / "mixed", lengths="sample", still_share=0,
                        tasks="interpolation"))
     clips = sum(min(int(n), 3) > 1 for n in stickers.lengths[[1, 0, 0, 0]])
     assert seen == ([clips] * 2 if clips else [])
@@ -230,7 +230,7 @@ def test_the_curriculum_sees_clips_alone(dfgn_argv, tmp_path, monkeypatch):
 
 def test_one_task_on_whole_clips(dfgn_argv, tmp_path):
     """The paper's ablation without dual masks."""
-    run_train(*options(dfgn_argv, steps=2, out=tmp_path / "run", tasks="it2v", frames="full", still_share=0))
+    run_train(*options(dfgn_argv, steps=2, out=tmp_path / "run", tasks="it2v", lengths="full", still_share=0))
     line, = log_of(tmp_path / "run")
     assert set(line["tasks"]) == {"it2v"} and line["entropy"] == pytest.approx(7 / 8)
 

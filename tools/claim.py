@@ -88,7 +88,7 @@ class Claim:
     def options(self, row):
         """Options of train.py for a row, without learning rate, seed and steps."""
         masks = row.startswith("RDTF") or row.endswith("curriculum")     # ours, with stills and curriculum
-        whole = ["--tasks", *self.tasks, "--frames", "full", "--curriculum", "none", "--still-share", "0"]
+        whole = ["--tasks", *self.tasks, "--lengths", "full", "--curriculum", "none", "--still-share", "0"]
         options, larger = [*self.common, *self.target, *([] if masks else whole)], BASES[self.args.preset]
         if row in TUNED:
             return [*options, "--preset", larger, "--base", self.base / "model.safetensors", "--method", TUNED[row]]

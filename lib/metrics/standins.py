@@ -107,7 +107,7 @@ def z0_errors(sampler, clips, captions, mask, seed, batch, timesteps):
         z0 = sampler.known_latents(part, torch.ones(part.shape[:2]))
         rngs = [np.random.default_rng((seed, i + k)) for k in range(len(part))]
         noise = torch.from_numpy(np.stack([rng.standard_normal(z0.shape[1:], np.float32) for rng in rngs])).to(z0)
-        text = net.encode_text(sampler.tokens(share))
+        text = net.encode_text(sampler.text(share))
         given, real = torch.tensor(np.stack([mask] * len(part))).to(z0), torch.ones(part.shape[:2]).to(z0)
         found = []
         for t in timesteps:

@@ -13,7 +13,7 @@ MAX_PROMPTS = 2**20                              # bytes of a file of captions t
 def check_options(c, **words):
     """Refuse unknown words and numbers that make no sense, before anything slow. words: those that options may be."""
     check_words(c, **words, method=("rdtf", *peft.METHODS),
-                how=("kmeans", "even", "mixed"), frames=("step", "sample", "full"), ema_device=("same", "cpu"),
+                how=("kmeans", "even", "mixed"), lengths=("step", "sample", "full"), ema_device=("same", "cpu"),
                 precision=("auto", "bf16", "float32"), lr_schedule=("cosine", "constant"))
     if not c.data:
         raise UserError("--data: name a prepared set, or several")

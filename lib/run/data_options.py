@@ -1,0 +1,39 @@
+"""The command line of data.py."""
+import argparse
+from pathlib import Path
+
+from lib.media import sources
+from lib.media.pictures import MAX_DECODED, MAX_FRAMES
+from lib.run.files import UserError
+from lib.run.options import check_least, check_most
+
+
+def parse_options(doc, argv=None):
+    """The options, checked. doc: of the script."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = {name: commands.add_parser(name).add_argument for name in ("fluent", "emoji", "vsd2m", "folder", "synthetic")}
+    parts = list(sources.FLUENT)
+    add["fluent"]("--parts", type=int, nargs="+", choices=parts, default=parts, help="which packages")
+    add["emoji"]("--hold-out", choices=("fluent", "all"), default="fluent", help="styles whose drawings of held-out "
+                 "concepts are not trained on (default: %(default)s)")
+    add["emoji"]("--styles", nargs="+", choices=list(sources.STILLS), default=list(sources.STILLS), help="default: all")
+    add["emoji"]("--moving", action="store_true", help="move each still by a motion that its caption names")
+    add["vsd2m"]("manifest")
+    add["vsd2m"]("--root", required=True, help="folder that visual_path is relative to")
+    add["vsd2m"]("--limit", type=int, help="use the first lines alone")
+    add["folder"]("folder")
+    add["synthetic"]("--n", type=int, default=64, help="stickers to draw")
+    for name in ("vsd2m", "folder"):
+        add[name]("--allow-outside", action="store_true", help="read files outside the folder too")
+    for name in add:
+        add[name]("--out", default=f"data/{name}", help="prepared set to write")
+        add[name]("--size", type=int, default=64, help="pixels a side")
+        add[name]("--workers", type=int, default=2, help="decoding processes")
+        add[name]("--most-frames", type=int, default=MAX_FRAMES, help="frames of a long clip in the set")
+    o = parser.parse_args(argv)
+    check_least(o, **{name: 1 for name in ("size", "workers", "most_frames", "n", "limit") if name in o})
+    check_most(o, size=1024, most_frames=MAX_DECODED)
+    if not Path(o.out).name:
+        raise UserError(f"--out {o.out}: name the folder to write")
+    return o
