@@ -95,6 +95,7 @@ def test_a_signal_saves_and_the_run_goes_on(stage, number, more, vae_argv, argv,
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
 
     def signalled():
+        signal.signal(number, signal.SIG_DFL)    # the tests themselves may run under nohup
         run_train(*argv, "--out", tmp_path / "run", after_backward=at_step(2, lambda: os.killpg(0, number)))
     status, output = forked(signalled)
     assert status == 128 + number and f"stopped by {number.name} after step 3, which is saved" in output, output
