@@ -4,7 +4,7 @@
 PY := .venv/bin/python
 PROMPTS := "angry face" "crying face" "sleeping face" "robot" "white heart" "clown face" "thinking face" "grinning cat"
 
-SHOWN := "red heart" "grinning face" skull panda airplane "alarm clock" frog rainbow
+SHOWN := "cute puppy" "party time" "I am so sleepy" "dancing robot" "happy birthday" "good night" "hungry cat" "I love you"
 
 .PHONY: demo test ablations claim
 .DELETE_ON_ERROR:
