@@ -35,7 +35,7 @@ def clip_tokenizer():
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.SimpleTokenizer(context_length=LENGTH)
+    return getattr(module, "_tokenizer", None) or module.SimpleTokenizer(context_length=LENGTH)
 
 
 # ---- MiniLM
