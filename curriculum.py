@@ -4,9 +4,9 @@
     python curriculum.py --plot out.png --log runs/dfgn/log.jsonl  # the same with a run's own entropy
 
 Few unknown frames make an easy task (low entropy), many a hard one: by the masks of data.py predictions have 0.50,
-interpolation 0.54, with which the weights begin as in the paper, generation 0.88 and 1. A task's probability: a static
-weight, a line over the training, plus an adaptive one by a PID score of the loss, both normalised.
-Modes: none (uniform; "w/o CL"), linear (static; LCL), adaptive (both; DCL).
+interpolation 0.54, with which the weights begin as in the paper, generation 0.88 and 1. A task's probability is
+proportional to a static weight, a line over the training, plus an adaptive one, by a PID score of the loss. Modes:
+none (uniform; "w/o CL"), linear (static; LCL), adaptive (both; DCL).
 """
 import argparse
 import io

@@ -218,9 +218,13 @@ class StickerTexts(Sequence):
         groups = self.stickers.arguments[2] or []
         return [self.stickers.meta["hash"], sorted(groups), self.variants, self.seed, *self.chances]
 
+    def rows(self, i):
+        """The rows of sticker i's variants."""
+        return range(1 + i * self.variants, 1 + (i + 1) * self.variants)
+
     def row(self, i, rng):
         """The row of a variant of sticker i, drawn."""
-        return 1 + i * self.variants + int(rng.integers(self.variants))
+        return self.rows(i)[int(rng.integers(self.variants))]
 
     def __len__(self):
         return 1 + len(self.stickers) * self.variants
@@ -310,8 +314,8 @@ class ClipDataset(torch.utils.data.Dataset):
     """Training clips by (step, n, T, turn): dict(z (T, C, h, w), noise, loss_mask (T,), draws (4,), n, index, ...).
 
     All functions of (seed, step, n). draws: uniform, for task, condition mask, dropped conditions and timestep; n: real
-    frames; index: the sticker; tokens (77,) of its text or, where there are `texts`, text_row: its row there, and
-    text_noise of `feature` standard normal values, a shape.
+    frames; index: the sticker; tokens (77,) of its text or, where there are `texts`, text_row: its row there; where
+    `feature`, a shape, is not empty, text_noise: as many standard normal values.
     turn: earlier steps of this kind, whole clips or single frames; a function of the step (StepSampler).
     latents: (frames, 2, C, h, w), mean and log-variance. texts: StickerTexts to draw from, if texts must be finite.
     Concepts are visited in permuted order, each as often as any other; which of its variants (skin tone, gender) is
@@ -356,7 +360,7 @@ class ClipDataset(torch.utils.data.Dataset):
         z[:len(idx)] = mean + np.exp(0.5 * logvar) * rng.standard_normal(mean.shape, np.float32)
         later = rng_for(self.seed, step, n, 1)
         draws, noise = later.random(4), torch.from_numpy(later.standard_normal(z.shape, np.float32))
-        if self.texts:
+        if self.feature:
             words["text_noise"] = later.standard_normal(self.feature, np.float32)
         return dict(z=torch.from_numpy(z), noise=noise, loss_mask=torch.from_numpy(loss_mask(len(idx), T)), draws=draws,
                     n=len(idx), index=index, **words)

@@ -117,7 +117,7 @@ class DFGNStage(Stage):
         super().__init__(config, preset, stickers, rank, world, device)
         clips = round(config.steps * config.batch * (1 - config.still_share))
         self.curriculum = Curriculum(config.curriculum, config.steps, config.tasks, losses=clips)
-        self.tower = self.texts = self.concepts = self.absorber = None
+        self.tower = self.texts = self.absorber = None
         if (self.preset.text.kind == "open_clip") != bool(config.clip_weights):
             raise UserError(f"--clip-weights {config.clip_weights}: a local file where text.kind is open_clip, nothing "
                             f"elsewhere; with these options it is {self.preset.text.kind}")
@@ -162,20 +162,18 @@ class DFGNStage(Stage):
             self.texts = data.StickerTexts(self.stickers, c.text_variants, c.seed, c.word_dropout, c.keywords)
             width = self.preset.text.width
             self.features = cache_features(c.data[0], self.tower, width, self.texts, self.device)
-        if self.preset.text.kind == "minilm" and c.method == "rdtf":
-            self.concepts = learnt_concepts(self.features, self.texts, self.preset.text.concepts)
-            if self.base:
-                self.base["text.concepts"] = self.concepts
 
     def network(self, fresh):
         net = RDTF(self.preset)
+        if fresh and self.preset.text.kind == "minilm" and self.config.method == "rdtf":
+            net.text.concepts.copy_(learnt_concepts(self.features, self.texts, self.preset.text.concepts))
+            if self.base:                     # of this set, not of the base's
+                self.base["text.concepts"] = net.text.concepts
         if fresh and self.base:
             new = load_fitting(net, self.base, self.config.base, self.rank == 0)
             silence(net.dfgn, new)
         if self.preset.text.kind == "small":
             net.text.vocabulary.copy_(self.vocabulary)
-        elif self.concepts is not None:
-            net.text.concepts.copy_(self.concepts)
         self.base = None                      # as large as the network
         if self.config.method != "rdtf":
             peft.inject(net, self.config.method, self.config.rank, self.absorber)
@@ -212,7 +210,7 @@ class DFGNStage(Stage):
         if not self.tower:
             return clips["tokens"].where(has_text[:, None], data.tokenize([""]))
         features = torch.from_numpy(self.features[clips["text_row"] * has_text].astype(np.float32))
-        if self.preset.text.kind == "minilm":     # an empty text is one alone, not a place among others
+        if "text_noise" in clips:             # an empty text is one alone, not a place among others
             features += self.config.text_noise * clips["text_noise"] * has_text[:, None]
         return features
 

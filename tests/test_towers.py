@@ -123,7 +123,7 @@ def test_concepts_are_the_means_of_their_texts(words_dfgn, minilm, stickers16):
     with torch.autocast("cpu", torch.bfloat16):                                  # distances are large numbers
         assert torch.equal(net.text.nearest(noisy.bfloat16()), net.text.nearest(noisy.bfloat16().float()))
     features = np.arange(12, dtype=np.float16).reshape(6, 2)                     # row 0, five texts
-    few = SimpleNamespace(stickers=SimpleNamespace(concept=np.array([4, 2, 4, 7, 9])), variants=1)
+    few = data.StickerTexts(SimpleNamespace(members=data.Members(np.array([4, 2, 4, 7, 9]))), 1, 0, 0, 0)
     assert learnt_concepts(features, few, 99).tolist() == [[0, 1], [4, 5], [4, 5], [8, 9], [10, 11]]
     assert learnt_concepts(features, few, 3).tolist() == [[0, 1], [4, 5], [8, 9]]
     assert learnt_concepts(features, few, 1).tolist() == [[0, 1]]

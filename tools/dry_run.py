@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib.nets.text import END  # noqa: E402
-from lib.nets.towers import LENGTH, MiniLM  # noqa: E402
+from lib.nets.towers import LENGTH, feature_shape  # noqa: E402
 from lib.run.files import UserError, run_cli  # noqa: E402
 from lib.run.options import check_least, check_words, parse_fields  # noqa: E402
 from model import RDTF, VAE, Layer, count, preset  # noqa: E402
@@ -72,7 +72,7 @@ def example(stage, config, n, checkpointing=False):
         text = torch.full((n, LENGTH), END)
         text[:, :-1] = 1                         # captions as long as they can be
     else:
-        text = torch.ones(n, *((MiniLM.width,) if config.text.kind == "minilm" else (LENGTH, config.text.width)))
+        text = torch.ones(n, *feature_shape(config.text.kind, config.text.width))
     return net, lambda: net(z, text, torch.zeros(n, dtype=torch.int64), torch.zeros_like(z), mask, mask).mean()
 
 

@@ -3,6 +3,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from lib.media.pictures import even_frames
 from lib.nets.layers import GEGLU, Attention
 from lib.nets.towers import MiniLM, clip_tokenizer
 
@@ -58,14 +59,12 @@ def learnt_concepts(features, texts, most):
 
     features (texts, 384) as cached; texts: data.StickerTexts. Of more concepts than fit, evenly spaced ones are
     taken."""
-    concept, number = np.unique(np.repeat(texts.stickers.concept, texts.variants), return_inverse=True)
-    sums = np.zeros((len(concept), features.shape[1]))
-    for part in np.array_split(np.arange(len(number)), len(number) // 65536 + 1):
-        np.add.at(sums, number[part], features[1 + part].astype(np.float64))
-    means = sums / np.bincount(number)[:, None]
-    n = min(most - 1, len(means))
-    chosen = means[np.arange(n) * len(means) // max(n, 1)]
-    return torch.from_numpy(np.concatenate([features[:1], chosen]).astype(np.float32))
+    members = texts.stickers.members
+    found = [features[0]]
+    for concept in even_frames(len(members), most - 1):
+        own = [row for i in members[concept] for row in texts.rows(int(i))]
+        found.append(features[own].mean(0, dtype=np.float64))
+    return torch.from_numpy(np.stack(found).astype(np.float32))
 
 
 class TextEncoder(Blocks):

@@ -239,6 +239,11 @@ def load_tower(path, name):
     return load_strict(TextTower(config), tower_weights(weights), "--clip-weights", path, assign=True)
 
 
+def feature_shape(model, width):
+    """Shape of a text's features: of a MiniLM's, or of another model's tower."""
+    return (WIDTH,) if model == "minilm" else (LENGTH, width)
+
+
 @torch.no_grad()
 def cache_features(folder, tower, width, texts, device, batch=64):
     """Features (n, ...) float16 of n texts by a tower as name_tower names it, cached in a set's folder.
@@ -246,7 +251,7 @@ def cache_features(folder, tower, width, texts, device, batch=64):
     texts: data.StickerTexts. UserError: the disk has no room for the features."""
     net = functools.cache(lambda: load_tower(tower["file"], tower["model"]).to(device))   # if anything is missing
     path = cache_path(folder, "text", [tower["hash"], *texts.made_of])
-    shape = (WIDTH,) if tower["model"] == "minilm" else (LENGTH, width)
+    shape = feature_shape(tower["model"], width)
     need, free, part = 2 * len(texts) * math.prod(shape), shutil.disk_usage(folder).free, Path(f"{path}.part")
     free += part.stat().st_size if part.is_file() else 0     # of an interrupted run
     if not path.is_file() and need > free:
