@@ -4,6 +4,7 @@
     python data.py emoji                         9,357 stills in the styles Noto, Twemoji, Fluent  -> data/emoji
     python data.py vsd2m MANIFEST --root DIR     the VSD2M manifest as its authors publish it      -> data/vsd2m
     python data.py folder DIR                    any folder of GIF, WebP, APNG, PNG, JPEG files    -> data/folder
+    python data.py long-tail SET                 a set whose training stickers keep few frames     -> data/long-tail
     python data.py synthetic                     captioned moving shapes, no network needed        -> data/synthetic
 
 Key frames: paper Fig. 3 and Table 6. Condition masks: paper Table 7. Every draw is a function of (seed, step, n).
@@ -320,9 +321,10 @@ class ClipDataset(torch.utils.data.Dataset):
     latents: (frames, 2, C, h, w), mean and log-variance. texts: StickerTexts to draw from, if texts must be finite.
     Concepts are visited in permuted order, each as often as any other; which of its variants (skin tone, gender) is
     drawn, so that twins do not crowd out the rest. T = 1 gives single frames of any sticker. k "step": clips have T
-    frames and come from animated stickers; "sample" (paper): k of 3..T is drawn, a still has one frame; padded to T."""
+    frames; "sample" (paper): k of 3..T is drawn, a shorter sticker has all of its frames; padded to T. shortest: frames
+    that a sticker has of which clips are made; None: 3, and 1 where k is drawn for each sample."""
     def __init__(self, sticker_set, latents, seed, batch, T=8, how="kmeans", k="sample", word_dropout=0.2, keywords=0.5,
-                 texts=None, feature=()):
+                 texts=None, feature=(), shortest=None):
         self.set, self.latents, self.texts, self.chances = sticker_set, latents, texts, (word_dropout, keywords)
         self.feature = feature
         self.seed, self.batch, self.T, self.how, self.k = seed, batch, T, how, k
@@ -331,9 +333,10 @@ class ClipDataset(torch.utils.data.Dataset):
         if len(latents) != sticker_set.meta["frames"]:
             raise UserError(f"{sticker_set.folder}: {sticker_set.meta['frames']} frames but {len(latents)} latents")
         self.everything = sticker_set.members
-        self.animated = Members(sticker_set.concept, np.flatnonzero(sticker_set.lengths > 2))
-        if k == "step" and not len(self.animated):
-            raise UserError(f"{sticker_set.folder}: no sticker of this split has 3 frames or more; "
+        least = shortest or (1 if k == "sample" else 3)
+        self.clips = Members(sticker_set.concept, np.flatnonzero(sticker_set.lengths >= least))
+        if not len(self.clips):
+            raise UserError(f"{sticker_set.folder}: no sticker of this split has {least} frames or more; "
                             "--lengths sample trains on shorter ones")
 
     def __len__(self):
@@ -341,7 +344,7 @@ class ClipDataset(torch.utils.data.Dataset):
 
     def variants(self, turn, n, T):
         """The record numbers among which sample n of a step draws."""
-        pool = self.animated if T > 1 and self.k == "step" else self.everything
+        pool = self.clips if T > 1 else self.everything
         place = turn * self.batch * (1 if T > 1 else self.T) + n
         epoch, place = divmod(place, len(pool))
         return pool[permutation(self.seed, epoch, T > 1, len(pool))[place]]

@@ -214,6 +214,18 @@ def test_steps_of_whole_clips_and_of_single_frames(synthetic):
             data.ClipDataset(stickers, latents, 0, 4, k="step")
 
 
+@pytest.mark.parametrize(("shortest", "k", "least"), [(None, "sample", 1), (2, "sample", 2), (8, "step", 8),
+                                                      (8, "sample", 8), (None, "step", 3)])
+def test_clips_come_from_stickers_of_enough_frames(synthetic, shortest, k, least):
+    """Single frames of any."""
+    stickers = data.StickerSet(synthetic[0])
+    stickers.lengths = np.resize([1, 2, 3, 7, 8, 24], len(stickers))
+    dataset = data.ClipDataset(stickers, synthetic[1], 0, 4, k=k, shortest=shortest)
+    for T, wanted in ((8, {n for n in (1, 2, 3, 7, 8, 24) if n >= least}), (1, {1, 2, 3, 7, 8, 24})):
+        drawn = [dataset.variants(turn, n, T) for turn in range(30) for n in range(4)]
+        assert {int(n) for ids in drawn for n in stickers.lengths[ids]} == wanted
+
+
 def same(a, b):
     return all(np.array_equal(a[name], b[name]) for name in ("z", "noise", "draws", "tokens", "index"))
 
@@ -234,7 +246,7 @@ def test_an_epoch_is_whole_where_clips_and_stills_take_turns(synthetic):
     for keys in StepSampler(2, 0, 200, plan=lambda step: (1, 4) if kinds[step] else (4, 1)):
         for _, n, T, turn in keys:
             seen[T].append(int(dataset.variants(turn, n, T)[0]))
-    for T, pool in ((1, dataset.everything), (4, dataset.animated)):
+    for T, pool in ((1, dataset.everything), (4, dataset.clips)):
         assert len(seen[T]) > 2 * len(pool)
         for epoch in (seen[T][:len(pool)], seen[T][len(pool):2 * len(pool)]):
             assert sorted(epoch) == sorted(int(ids[0]) for ids in pool)

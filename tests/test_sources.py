@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 from lib.media import sources
+from lib.media.pictures import even_frames
 from lib.run.files import UserError, numbered_lines
 
 VARIANTS = [
@@ -345,3 +346,26 @@ def test_folders_as_people_have_them(tmp_path):
         (tmp_path / "telegram" / name).touch()
     with pytest.raises(UserError, match="telegram: no GIF, WebP, PNG or JPEG in it, but 2 .tgs, 1 .webm; convert"):
         list(sources.folder_jobs(tmp_path / "telegram"))
+
+
+def test_a_long_tailed_set_keeps_few_frames_of_training_stickers_alone(stickers16, tmp_path):
+    out = tmp_path / "long-tail"
+    data.main(["long-tail", str(stickers16), "--out", str(out), "--workers", "1"])
+    whole, short = data.StickerSet(stickers16), data.StickerSet(out)
+    assert short.size == 16 and len(short) == len(whole) and short.meta["licences"] == whole.meta["licences"]
+    cut = 0
+    for before, after in zip(whole.records, short.records):
+        kept = sources.kept_frames(before["concept"]) if before["split"] == "train" else 24
+        idx = even_frames(before["n"], kept)
+        assert after["n"] == len(idx) and sum(after["durations"]) == sum(before["durations"])
+        np.testing.assert_array_equal(short.clip(after, range(after["n"])), whole.clip(before, idx))
+        same = {k: v for k, v in before.items() if k != "first"} == {k: v for k, v in after.items() if k != "first"}
+        assert same == (after["n"] == before["n"])
+        cut += not same
+    assert cut > 15
+
+
+def test_frames_of_a_long_tail_have_the_shares_it_says():
+    n = np.array([sources.kept_frames(f"concept {i}") for i in range(20000)])
+    shares = [np.mean(n == k) for k in range(2, 9)]
+    assert shares == pytest.approx([0.175, 0.175, 0.15, 0.15, 0.1, 0.1, 0.15], abs=0.01)

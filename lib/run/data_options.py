@@ -12,7 +12,8 @@ def parse_options(doc, argv=None):
     """The options, checked. doc: of the script."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = {name: commands.add_parser(name).add_argument for name in ("fluent", "emoji", "vsd2m", "folder", "synthetic")}
+    names = "fluent", "emoji", "vsd2m", "folder", "long-tail", "synthetic"
+    add = {name: commands.add_parser(name).add_argument for name in names}
     parts = list(sources.FLUENT)
     add["fluent"]("--parts", type=int, nargs="+", choices=parts, default=parts, help="which packages")
     add["emoji"]("--hold-out", choices=("fluent", "all"), default="fluent", help="styles whose drawings of held-out "
@@ -23,17 +24,20 @@ def parse_options(doc, argv=None):
     add["vsd2m"]("--root", required=True, help="folder that visual_path is relative to")
     add["vsd2m"]("--limit", type=int, help="use the first lines alone")
     add["folder"]("folder")
+    add["long-tail"]("set", help="prepared set whose training stickers keep 2 to 8 frames, most of them few")
     add["synthetic"]("--n", type=int, default=64, help="stickers to draw")
     for name in ("vsd2m", "folder"):
         add[name]("--allow-outside", action="store_true", help="read files outside the folder too")
     for name in add:
         add[name]("--out", default=f"data/{name}", help="prepared set to write")
-        add[name]("--size", type=int, default=64, help="pixels a side")
         add[name]("--workers", type=int, default=2, help="decoding processes")
-        add[name]("--most-frames", type=int, default=MAX_FRAMES, help="frames of a long clip in the set")
+        if name != "long-tail":              # which has those of its set
+            add[name]("--size", type=int, default=64, help="pixels a side")
+            add[name]("--most-frames", type=int, default=MAX_FRAMES, help="frames of a long clip in the set")
     o = parser.parse_args(argv)
     check_least(o, **{name: 1 for name in ("size", "workers", "most_frames", "n", "limit") if name in o})
-    check_most(o, size=1024, most_frames=MAX_DECODED)
+    if o.command != "long-tail":
+        check_most(o, size=1024, most_frames=MAX_DECODED)
     if not Path(o.out).name:
         raise UserError(f"--out {o.out}: name the folder to write")
     return o
