@@ -51,8 +51,8 @@ from model import RDTF, preset
 from sample import Sampler
 
 COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
-MAY_CHANGE = {"workers", "log_every", "save_every", "sample_every", "prompts", "out", "accumulate", "checkpointing",
-              "zero", "compile",
+MAY_CHANGE = {"workers", "log_every", "save_every", "keep_every", "sample_every", "prompts", "out", "accumulate",
+              "checkpointing", "zero", "compile",
               "ema_device", "precision",  # when a run goes on; and these, whose hashes must be the same:
               "data", "vae", "base", "absorber", "clip_weights", "clip_model"}
 
@@ -93,6 +93,7 @@ class TrainConfig:
     curriculum: str = "adaptive"          # none, linear, adaptive
     how: str = "mixed"                    # frames of a clip: kmeans (paper), even, mixed (a coin decides)
     lengths: str = "step"                 # k of 3..T frames is drawn per step, or per sample (paper); full: always T
+    shortest: int = 0                     # frames of a sticker that gives clips; 0: 3, or 1 with --lengths sample
     still_share: float = 0.5              # share of the steps on single frames, T of them for a clip
     word_dropout: float = 0.2             # a word of a caption becomes "#"
     keywords: float = 0.5                 # keywords are appended to a caption
@@ -105,6 +106,7 @@ class TrainConfig:
     workers: int = 0                      # data loading processes; changes nothing but the speed
     log_every: int = 20                   # steps
     save_every: int = 500                 # steps
+    keep_every: int = 0                   # steps between models that stay, as model-STEP.safetensors; 0: the last alone
     sample_every: int = 0                 # dfgn: steps between contact sheets of --prompts; 0: none
     prompts: str = ""                     # dfgn: file of captions to draw on them, one a line
 
@@ -186,22 +188,25 @@ class DFGNStage(Stage):
         c, T = self.config, self.preset.frames
         clips = data.ClipDataset(self.stickers, self.latents, c.seed, c.batch, T, c.how,
                                  "sample" if c.lengths == "sample" else "step", c.word_dropout, c.keywords, self.texts,
-                                 self.features.shape[1:] if self.preset.text.kind == "minilm" else ())
+                                 self.features.shape[1:] if self.preset.text.kind == "minilm" else (),
+                                 c.shortest or None)
         sampler = StepSampler(c.batch, start, c.steps, self.rank, self.world, lambda step: data.draw_frames(c, step, T))
         for step, batch in enumerate(loop.load_batches(clips, sampler, workers, self.device), start):
             # Here, behind the loaders, and not a step early: the step before has to be observed first.
             yield self.draw(batch, self.curriculum.probabilities(step))
 
     def draw(self, clips, p):
-        """Draw task (with probabilities p), mask, text and timestep of each of the clips, a batch of ClipDataset."""
-        T, timesteps = clips["z"].shape[1], self.preset.diffusion.steps
-        z, loss_mask = (clips[name].to(self.device, non_blocking=True) for name in ("z", "loss_mask"))
+        """Draw task (with probabilities p), mask, text and timestep of each of the clips, a batch of ClipDataset.
+
+        Frames that are padding in all of them are left out."""
+        T, timesteps = int(clips["n"].max()), self.preset.diffusion.steps
+        z, loss_mask = (clips[name][:, :T].to(self.device, non_blocking=True) for name in ("z", "loss_mask"))
         drawn = [data.draw_condition(self.config, p, u, n, T, timesteps)
                  for u, n in zip(clips["draws"].tolist(), clips["n"].tolist())]
         task, masks, has_text, t = zip(*drawn)
         z = self.vae.standardise(z.flatten(0, 1)).unflatten(0, (-1, T))
         batch = dict(z0=z * loss_mask[:, :, None, None, None], text=self.read_texts(clips, torch.tensor(has_text)),
-                     t=torch.tensor(t), noise=clips["noise"], cond_mask=torch.from_numpy(np.stack(masks)),
+                     t=torch.tensor(t), noise=clips["noise"][:, :T], cond_mask=torch.from_numpy(np.stack(masks)),
                      loss_mask=loss_mask)
         return batch, torch.stack([torch.tensor(task), batch["t"], clips["index"], clips["n"]], 1)
 
@@ -318,7 +323,7 @@ def train(config, stack, after_backward=None):
             if clips.any():                  # a still has no task to choose: it says nothing of r
                 curriculum.observe(losses[clips], tasks[clips], deciles[clips])
             state["r"] = round(curriculum.r, 6)
-        run.record(losses, norm, tasks, deciles, np.where(clips, data.UNKNOWN[tasks], 1))
+        run.record(losses, norm, tasks, deciles, np.where(clips, data.UNKNOWN[tasks], 1), frames)
         step += 1
         bar.update()
 
@@ -327,7 +332,8 @@ def train(config, stack, after_backward=None):
             line = run.log(step, rate, **state)
             bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['clips_per_s']} clips/s")
         sheet = config.sample_every and (done or step % config.sample_every == 0)
-        if done or stopping or sheet or step % config.save_every == 0:
+        kept = config.keep_every and step % config.keep_every == 0
+        if done or stopping or sheet or kept or step % config.save_every == 0:
             run.save(step)
         if sheet:
             run.on_rank_0(draw_sheet, run, stage, step)

@@ -87,7 +87,11 @@ def test_log_lines(tiny_dfgn, tiny_vae):
         assert line["tasks"] and set(line["tasks"]) <= set(TASKS) and set(line["deciles"]) <= set("0123456789")
         assert min(line[name] for name in ("loss", "grad_norm", "lr", "clips_per_s", "cpu_s", "peak_mb")) > 0
         assert 0.3 < line["entropy"] < line["entropy_all"] + 1e-6 and line["entropy_all"] <= 1 and line["r"] == 0
+        seen = line["shown"]
+        assert 3 * seen["clips"] <= seen["frames"] <= 8 * seen["clips"] and seen["whole"] <= seen["clips"]
         assert min(line["tasks"].values()) <= line["loss"] + 1e-4 <= max(line["tasks"].values()) + 2e-4
+    assert sum(line["shown"]["clips"] + line["shown"]["stills"] / 8 for line in lines) == 7 * 4
+    assert sum(line["shown"]["whole"] for line in lines) > 0 < sum(line["shown"]["stills"] for line in lines)
     assert [line["save_s"] > 0 for line in lines] == [False, False, True, False]                 # after step 4
     assert [line["step"] for line in log_of(tiny_vae)] == [2, 4]
 
@@ -228,6 +232,34 @@ def test_the_curriculum_sees_clips_alone(dfgn_argv, tmp_path, monkeypatch):
     assert line["entropy_all"] == pytest.approx(1 - clips / 4 * (1 - data.unknown_share("interpolation")), abs=1e-6)
 
 
+def test_frames_that_are_padding_in_all_clips_are_left_out(dfgn_argv, tiny_dfgn, tmp_path):
+    """The rest of a step is as it was: conditions are drawn for the whole length."""
+    lengths = set()
+    trained = read_config(tiny_dfgn)["train"]
+    stage = make_stage(TrainConfig(**dict(trained, lengths="sample", still_share=0.1, steps=40)))
+    stage.prepare()
+    for batch, tags in stage.batches(0):
+        length = batch["z0"].shape[1]
+        assert length == tags[:, 3].max() and (batch["loss_mask"].sum(1) == tags[:, 3]).all()
+        assert {batch[name].shape[1] for name in ("loss_mask", "noise", "cond_mask")} == {length}
+        lengths.add(length)
+    assert {1, 8} < lengths
+
+
+def test_models_on_the_way_stay(dfgn_argv, tmp_path):
+    """Each is the averages of its step: of a run that ended there, the learning rate being constant."""
+    run_train(*options(dfgn_argv, steps=4, out=tmp_path / "a", keep_every=2, lr_schedule="constant", curriculum="none"))
+    run_train(*options(dfgn_argv, steps=2, out=tmp_path / "b", lr_schedule="constant", curriculum="none"))
+    assert sorted(p.name for p in (tmp_path / "a").glob("model*")) == ["model-000002.safetensors",
+                                                                       "model-000004.safetensors", "model.safetensors"]
+    (two, meta), (short, _) = (load_rdtf(tmp_path / name) for name in ("a/model-000002.safetensors",
+                                                                       "b/model.safetensors"))
+    assert meta["step"] == 2
+    assert_same(dict(two.state_dict()), dict(short.state_dict()))
+    last = (tmp_path / "a/model-000004.safetensors").read_bytes()
+    assert last == (tmp_path / "a/model.safetensors").read_bytes()
+
+
 def test_one_task_on_whole_clips(dfgn_argv, tmp_path):
     """The paper's ablation without dual masks."""
     run_train(*options(dfgn_argv, steps=2, out=tmp_path / "run", tasks="it2v", lengths="full", still_share=0))
@@ -337,8 +369,8 @@ def test_the_decoders_noise_is_half_normal(vae_argv):
 
 
 # ---- going on with other options, what is refused (more is in test_bad_input.py)
-MAY_CHANGE = {"workers", "log_every", "save_every", "accumulate", "checkpointing", "zero", "compile", "ema_device",
-              "sample_every", "prompts",
+MAY_CHANGE = {"workers", "log_every", "save_every", "keep_every", "accumulate", "checkpointing", "zero", "compile",
+              "ema_device", "sample_every", "prompts",
               "data", "vae", "base", "absorber", "clip_weights", "clip_model"}  # the last six: of equal hashes
 
 

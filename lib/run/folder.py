@@ -1,4 +1,6 @@
 """A training run's folder: its newest checkpoint, its log, its model."""
+import shutil
+
 import numpy as np
 import torch
 
@@ -6,7 +8,7 @@ from lib.nets.weights import is_own, save_model
 from lib.run import loop
 from lib.run.checkpoints import append, write_config
 from lib.run.distributed import gather, on_rank_0
-from lib.run.files import UserError
+from lib.run.files import UserError, atomic_write
 
 
 class Run:
@@ -32,8 +34,9 @@ class Run:
     def write_config(self, facts, step):
         self.on_rank_0(write_config, self.folder, facts, step)
 
-    def record(self, losses, norm, tasks, deciles, unknown=None):
-        """Take a step into the window. unknown: share of unknown frames of each sample, where there are tasks."""
+    def record(self, losses, norm, tasks, deciles, unknown=None, frames=None):
+        """Take a step into the window. unknown: share of unknown frames of each sample, frames: their numbers of real
+        frames, where there are tasks."""
         self.window.seen += len(losses)
         self.window.add("loss", float(losses.mean()))
         self.window.add("norm", norm)
@@ -42,12 +45,17 @@ class Run:
                 self.window.add(f"task {self.tasks[task]}", loss)
                 self.window.add(f"decile {decile}", loss)
             self.window.add("entropy_all", float(np.mean(unknown)))
+            clips = frames[frames > 1]
+            shown = dict(stills=len(frames) - len(clips), clips=len(clips), frames=clips.sum(),
+                         whole=(clips == self.stage.preset.frames).sum())
+            for name, number in shown.items():
+                self.window.add(f"shown {name}", int(number))
 
     def log(self, step, lr, **more):
         """Write a line and begin a new window. -> the line."""
         means = self.window.means
         if self.tasks:
-            more["entropy_all"] = means("entropy_all")[""]
+            more.update(entropy_all=means("entropy_all")[""], shown=self.window.totals("shown "))
         line = dict(step=step, loss=means("loss")[""], grad_norm=means("norm")[""], lr=lr, **more,
                     tasks=means("task "), deciles=means("decile "),
                     **self.window.rates(self.stage.device, self.stage.world))
@@ -63,6 +71,9 @@ class Run:
     def write(self, step):
         append(self.folder / "log.jsonl", durably=True)  # the checkpoint says that its lines are there
         line = self.write_model(step)
+        if self.config.keep_every and step % self.config.keep_every == 0:
+            atomic_write(self.folder / f"model-{step:06}.safetensors",
+                         lambda path: shutil.copyfile(self.folder / "model.safetensors", path))
         loop.save_state(self.folder, step, self.parts)   # its step says what is done
         if line:
             print(line)

@@ -238,6 +238,9 @@ class Window:
         found = {k[len(prefix):]: s / n for k, (s, n) in sorted(self.sums.items()) if k.startswith(prefix)}
         return {k: float(f"{mean:.7g}") for k, mean in found.items()}
 
+    def totals(self, prefix):
+        return {k[len(prefix):]: int(s) for k, (s, _) in sorted(self.sums.items()) if k.startswith(prefix)}
+
     @contextlib.contextmanager
     def pause(self):
         """What is done inside is no training: its seconds are counted by themselves."""

@@ -22,10 +22,12 @@ def check_options(c, **words):
     for name in ("text_drop", "given_text_drop"):
         if getattr(c, name) + c.cond_drop + c.both_drop > 1:
             raise UserError(f"{flag(name)}, --cond-drop and --both-drop: more than 1 in all")
-    check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, seed=0, workers=0,
-                sample_every=0, warmup=0, rank=1, weight_decay=0, lr=1e-12, timestep_shift=1e-3, embedding_lr=0,
-                grad_clip=1e-12)
+    check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, keep_every=0, shortest=0,
+                seed=0, workers=0, sample_every=0, warmup=0, rank=1, weight_decay=0, lr=1e-12, timestep_shift=1e-3,
+                embedding_lr=0, grad_clip=1e-12, text_noise=0)
     check_most(c, seed=2 ** 32)
+    if c.lengths != "sample" and 0 < c.shortest < 3:
+        raise UserError(f"--shortest {c.shortest}: clips of fewer than 3 frames are padded, by --lengths sample")
     if bool(c.sample_every) != bool(c.prompts):
         raise UserError("--sample-every and --prompts: give both, steps and a file of captions, or neither")
     for name in ("checkpointing", "clip_weights", "prompts"):
