@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.nets.autoencoder import SD_VAE, VAE, VAEConfig
 from lib.nets.cpu import Conv3x3, Linear
-from lib.nets.layers import GEGLU, Attention, masked_mean, zero_
+from lib.nets.layers import GEGLU, Attention, Skip, masked_mean, zero_
 from lib.nets.text import SentenceEncoder, TextEncoder
 from lib.nets.weights import load_model
 from lib.run.files import UserError
@@ -49,7 +49,7 @@ class DFGNConfig:
     groups: int = 16                      # groups of GroupNorm
     sti_heads: int = 2                    # heads of the semantic branch
     sti_head_dim: int = 32
-    temporal: str = "sti"                 # sti: the paper's layer; conv3d: its ablation DFGN(3D-Conv); none: a base
+    temporal: str = "sti"                 # sti: the paper's layer; conv3d: DFGN(3D-Conv); none, still: bases
     known: bool = True                    # given frames are an input; False: of text to video alone
     given: str = "difference"             # to a fill from given frames is diffused; zeros: other frames' input (paper)
     fade: int = 16                        # power of sigma by which the fill's share in z_t fades; 0: it is always whole
@@ -287,10 +287,12 @@ class Layer(nn.Module):
     def __init__(self, cin, cout, time_width, c, transformers):
         super().__init__()
         self.resnet = Resnet(cin, cout, time_width, c.groups)
-        self.sti = {"sti": STI, "conv3d": Conv3D}[c.temporal](cout, c) if c.temporal != "none" else None
+        kind = {"sti": STI, "conv3d": Conv3D, "none": None, "still": None}[c.temporal]
+        self.sti = kind(cout, c) if kind else None
         if transformers:
             self.spatial = SpatialTransformer(cout, c)
-            self.temporal = TemporalTransformer(cout, cout // c.head_dim, c.head_dim, c)
+            self.temporal = (TemporalTransformer(cout, cout // c.head_dim, c.head_dim, c) if c.temporal != "still" else
+                             Skip())
         self.has_transformers = transformers
 
     def forward(self, x, clip):
@@ -370,7 +372,7 @@ class DFGN(nn.Module):
         self.stem = Stem(c)
         self.time = nn.Sequential(nn.Linear(w[0], wide), nn.SiLU(), nn.Linear(wide, wide))
         self.text_pool = nn.Linear(c.text_width, wide) if c.pool_text else None
-        self.stem_temporal = TemporalTransformer(w[0], c.stem_heads, c.head_dim, c)
+        self.stem_temporal = TemporalTransformer(w[0], c.stem_heads, c.head_dim, c) if c.temporal != "still" else Skip()
 
         def make(cin, cout, level):
             return Layer(cin, cout, wide, c, transformers=level < n - 1)

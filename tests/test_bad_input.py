@@ -68,6 +68,7 @@ CASES = [                                        # (command, input, message)
     (TRAIN, "--data", "--data: name a prepared set"),
     (TRAIN, "--shortest 2", "--shortest 2: clips of fewer than 3 frames are padded"),
     (TRAIN, "--lengths sample --shortest 99", "no sticker of this split has 99 frames"),
+    (TRAIN, "--preset tiny-base --set dfgn.temporal=still", "dfgn.temporal=still: .*--still-share 1"),
     (TRAIN, "--still-share -1", "--still-share -1.0: a share is 0 to 1"),
     (TRAIN, "--given-text-drop 0.9", "--given-text-drop, --cond-drop and --both-drop: more than 1 in all"),
     (TRAIN, "--sample-every 5", "--sample-every and --prompts: give both"),

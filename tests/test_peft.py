@@ -86,6 +86,19 @@ def test_simda_starts_as_the_base_on_clips_that_stand_still():
     assert (output(nets[0]) - output(nets[1])).abs().max() > 1e-3        # elsewhere the shift is seen
 
 
+def test_a_base_of_stills_has_no_temporal_layers():
+    """SimDA starts from it as from a base whose temporal layers are left out; the others have nothing to tune."""
+    base = base_net()
+    still = RDTF(replace(BASE, dfgn=replace(BASE.dfgn, temporal="still"))).eval()
+    still.load_state_dict({name: w for name, w in base.state_dict().items() if "temporal" not in name})
+    torch.testing.assert_close(output(still), output(without_temporal()), rtol=0, atol=0)
+    peft.inject(still, "simda", rank=4)
+    torch.testing.assert_close(output(still.eval()), output(tuned("simda")), rtol=0, atol=0)
+    for method in (method for method in peft.METHODS if method != "simda"):
+        with pytest.raises(ValueError, match="temporal=still. is for simda"):
+            peft.inject(RDTF(replace(BASE, dfgn=replace(BASE.dfgn, temporal="still"))), method)
+
+
 def test_a_base_is_needed():
     with pytest.raises(ValueError, match="known=false"):
         peft.inject(RDTF(PRESETS["tiny"]), "simda")
@@ -261,6 +274,7 @@ def test_another_base_is_refused(runs, tmp_path):
     ("customize_a_video", ["--still-share", "0.5"], "attention over one frame learns nothing; give --still-share 0"),
     ("appearance_lora", ["--still-share", "0.5"], "trained on single frames alone; give --still-share 1"),
     ("customize_a_video", ["--rank", "3"], "appearance_lora of rank 4; appearance_lora of --rank 3 on the same --base"),
+    ("i2v_adapter", ["--set", "dfgn.temporal=still"], "--method i2v_adapter: has temporal layers to tune; a base of"),
     ("simda", ["--rank", "0"], "--rank 0: must be at least 1")])
 def test_what_does_not_go_together_is_refused(runs, tmp_path, method, changes, message):
     with pytest.raises(UserError) as error:

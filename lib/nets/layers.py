@@ -26,6 +26,13 @@ def nearest_given(cond_mask):
     return distance.argmin(-1)
 
 
+class Skip(nn.Module):
+    """In the place of a layer that is left out."""
+
+    def forward(self, x, clip):
+        return x
+
+
 class Attention(nn.Module):
     """Multi-head attention; `context` None means self-attention."""
 

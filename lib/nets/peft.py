@@ -6,7 +6,8 @@ called after the base's weights are loaded and before optimiser and averages are
 
     full                  everything is trained: the control that separates few parameters from what the base knows
     i2v_adapter           a second attention in every spatial self-attention, onto the nearest given frame
-    simda                 bottlenecks beside frozen blocks, shifted attention; the base's temporal layers are left out
+    simda                 bottlenecks beside frozen blocks, shifted attention; its base is of stills, or its temporal
+                          layers are left out
     appearance_lora       Customize-A-Video's first stage, on stills: LoRA of spatial attention, no temporal layers
     customize_a_video     its second: LoRA of temporal attention on clips; the first stage's is dropped afterwards
     customize_a_video_st  the same, the first stage's is kept
@@ -19,11 +20,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.nets.cpu import Linear, attend
-from lib.nets.layers import nearest_given, zero_
+from lib.nets.layers import Skip, nearest_given, zero_
 from lib.nets.weights import find_file, is_own, load_strict, model_file, names_of, read_own
 from lib.run.files import UserError, first_line
 
 METHODS = ("full", "i2v_adapter", "simda", "appearance_lora", "customize_a_video", "customize_a_video_st")
+BASES = "none", "still"                   # dfgn.temporal of a base: of clips, or of single frames (of text to image)
 ON_STILLS = ("appearance_lora",)          # trained on single frames alone
 ON_CLIPS = ("customize_a_video", "customize_a_video_st")  # on clips alone: attention over one frame has no gradient
 
@@ -46,13 +48,6 @@ class ConditionedStem(nn.Module):
     def given(self):
         """The condition mask (B, T) of the pass that is under way."""
         return self.cond_mask
-
-
-class Skip(nn.Module):
-    """In the place of a temporal layer that is left out."""
-
-    def forward(self, x, clip):
-        return x
 
 
 # ---- I2V-Adapter
@@ -206,8 +201,10 @@ def inject(net, method, rank=16, absorber=None):
     absorber: {name: weight} of the first stage's LoRA, frozen here; the second stage is trained beside it.
     ValueError: no base, or an absorber of other shapes."""
     c = net.config.dfgn
-    if c.known or c.temporal != "none":
-        raise ValueError("a base has dfgn.known=false and dfgn.temporal=none")
+    if c.known or c.temporal not in BASES:
+        raise ValueError(f"a base has dfgn.known=false and dfgn.temporal={' or '.join(BASES)}")
+    if c.temporal == "still" and method != "simda":
+        raise ValueError("a base of stills (dfgn.temporal=still) is for simda")
     net.requires_grad_(method == "full")
     base = {id(p): p for p in net.parameters()} if method != "full" else {}  # held, so that no number is used again
 

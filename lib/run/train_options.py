@@ -37,8 +37,12 @@ def check_options(c, **words):
 
 def check_method(c, dfgn):
     """Refuse what does not go with --method. dfgn: the preset's part."""
-    if c.method != "rdtf" and (dfgn.known or dfgn.temporal != "none"):
+    if c.method != "rdtf" and (dfgn.known or dfgn.temporal not in peft.BASES):
         raise UserError(f"--method {c.method}: tunes a base; name its --preset, such as base")
+    if dfgn.temporal == "still" and c.method not in ("rdtf", "simda"):
+        raise UserError(f"--method {c.method}: has temporal layers to tune; a base of stills is for simda")
+    if dfgn.temporal == "still" and c.method == "rdtf" and c.still_share != 1:
+        raise UserError("--set dfgn.temporal=still: no layer mixes frames; train it with --still-share 1")
     if c.method != "rdtf" and not c.base:
         raise UserError(f"--method {c.method}: name the model.safetensors that it tunes by --base")
     if (c.method in peft.ON_CLIPS) != bool(c.absorber):
