@@ -5,7 +5,7 @@
     python evaluate.py --run checkpoints/mini.safetensors                # the shipped weights; numbers in out/mini-HASH
     python evaluate.py --i3d i3d_pretrained_400.pt --dover DOVER.pth --clip open_clip_pytorch_model.bin
     python evaluate.py --compare runs/a runs/b                           # a row for each run that was evaluated
-    python evaluate.py --table 3 --rows "DFGN=runs/ablations/sti-*" "DFGN + DDU=runs/ablations/ddu-*"  # or 1, 2, 4
+    python evaluate.py --table 3 --rows "DFGN=runs/ablations/A-*" "DFGN + DDU=runs/ablations/C-*"  # or 1, 2, 4
 
 One sticker of each concept of a split, evenly spaced frames, on white, the masks of data.eval_mask. Where frames are
 given, all is about the others: the prediction error is the squared error of their latents in one step from pure noise,
@@ -119,6 +119,7 @@ class Run:
         trained = {} if shared else read_json(path / "config.json").get("train", {})
         self.args = args
         args.data = args.data or trained.get("data", ["data/fluent"])[0]
+        args.groups = args.groups or trained.get("groups") or None
         self.sampler = Sampler(self.model, args.vae, clip_weights=args.clip_weights)
         self.sha256, self.vae_sha256 = identity(self.model), identity(self.sampler.vae_file)
         self.folder = Path("out") / f"{path.stem}-{self.sha256[:8]}" if shared else path     # of names there are twins

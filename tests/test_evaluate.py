@@ -289,6 +289,18 @@ def test_interval_over_seeds_is_students():
     assert (low, high) == pytest.approx((2 - 4.303 / 3 ** 0.5, 2 + 4.303 / 3 ** 0.5), abs=1e-3)
 
 
+def test_what_a_run_was_trained_on_is_what_it_is_measured_on(world, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(world[1] / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(dict(train=dict(data=[str(world[0])], groups=["star", "circle"]))))
+    for more, groups in (([], {"star", "circle"}), (["--groups", "square"], {"square"})):
+        args = evaluate.parse(["--run", str(folder), "--split", "train", *more])
+        evaluate.Run(folder, args)
+        test = evaluate.EvalSet(args)
+        assert {r["group"] for r in data.StickerSet(world[0]).records if r["file"] in test.files} == groups
+
+
 def test_sets_that_cannot_be_measured(world, tmp_path, capsys):
     """The floor wants as many clips of other splits; without them the rest is measured."""
     data.main(["synthetic", "--n", "8", "--size", "20", "--out", str(tmp_path / "set")])
