@@ -60,34 +60,15 @@ claim: data/fluent/meta.json data/source/meta.json
 	$(PY) tools/claim.py --groups smileys-emotion animals-nature travel-places food-drink --n 64 --jobs 2 \
 	    --vae checkpoints/mini-vae.safetensors --base-steps 2000 --steps 400
 
-# Tables 3 and 4. Without dual masks (DDU): it2v on whole clips alone.
+# Tables 3 and 4, on training stickers of few frames: 5 arms and 3-D convolutions, by a network of half the widths.
+ablations: data/long-tail/meta.json
+	$(PY) tools/ablations.py --set dfgn.widths=48,96 --steps 800 --trial-steps 200 --jobs 2
 
-GROUPS := smileys-emotion animals-nature people-body travel-places
-ABLATIONS := conv3d sti ddu lcl dcl
-NO_DDU := --tasks it2v --lengths full --still-share 0
-
-ablations: $(foreach seed,0 1 2,$(ABLATIONS:%=runs/ablations/%-$(seed)/trained))
-	$(PY) evaluate.py --table 3 --rows "DFGN(3D-Conv)=runs/ablations/conv3d-*" "DFGN=runs/ablations/sti-*" \
-	    "DFGN + DDU=runs/ablations/ddu-*" "DFGN + DDU + DCL=runs/ablations/dcl-*"
-	$(PY) evaluate.py --table 4 --rows "RDTF w/o CL=runs/ablations/ddu-*" "RDTF w/ LCL=runs/ablations/lcl-*" \
-	    "RDTF w/ DCL=runs/ablations/dcl-*"
-
-runs/ablations/conv3d-%/trained: CHANGE := $(NO_DDU) --curriculum none --set dfgn.temporal=conv3d
-runs/ablations/sti-%/trained: CHANGE := $(NO_DDU) --curriculum none
-runs/ablations/ddu-%/trained: CHANGE := --curriculum none
-runs/ablations/lcl-%/trained: CHANGE := --curriculum linear
-runs/ablations/dcl-%/trained: CHANGE := --curriculum adaptive
-
-runs/ablations/%/trained: runs/vae/trained
-	OMP_NUM_THREADS=1 $(PY) train.py --groups $(GROUPS) --steps 800 --lr 3e-3 --seed $(lastword $(subst -, ,$*)) --out runs/ablations/$* $(CHANGE)
-	touch $@
+data/long-tail/meta.json: data/fluent/meta.json
+	$(PY) data.py long-tail data/fluent
 
 data/source/meta.json: | .venv/ready
 	$(PY) data.py emoji --hold-out all --moving --out data/source
 
 data/fluent/meta.json: | .venv/ready
 	$(PY) data.py fluent
-
-runs/vae/trained: data/fluent/meta.json
-	$(PY) train.py --stage vae --steps 2000 --batch 8 --lr 2e-3
-	touch $@

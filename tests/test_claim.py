@@ -5,13 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import run_train
 from PIL import Image
 
 import data
+import evaluate
 from lib.media.pictures import write_animation
 from lib.media.prepare import prepare
+from lib.run import launch
 from lib.run.files import UserError
 from tools import claim
+from tools.held_out import HeldOut
+from train import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -31,25 +36,52 @@ def target(tmp_path_factory):
 @pytest.fixture
 def argv(target, stickers16, tiny_vae, tmp_path):
     options = ["--data", target, "--source", stickers16, "--vae", tiny_vae / "model.safetensors", "--preset", "tiny",
-               "--precision", "float32", "--steps", 4, "--base-steps", 2, "--batch", 1, "--base-batch", 2, "--n", 3,
+               "--precision", "float32", "--steps", 4, "--base-steps", 4, "--batch", 1, "--base-batch", 2, "--n", 3,
                "--seeds", 0, "--out", tmp_path / "claim"]
     return list(map(str, options))
 
 
-def test_every_row_is_trained_and_compared(argv, tmp_path, capfd):
-    claim.main([*argv, "--lrs", "1e-3", "--tables", "2", "--jobs", "2"])
-    said, runs = capfd.readouterr().out, {}
-    for row in claim.ROWS:
-        assert f"| {row} | 1 |" in said and (row == "RDTF" or f"| {row} - RDTF | " in said)
-    for path in (tmp_path / "claim").rglob("config.json"):
-        runs[str(path.parent.relative_to(tmp_path / "claim"))] = json.loads(path.read_text())["train"]
-    assert runs.pop("gate/lora")["data"] == runs.pop("gate/lora-absorber")["data"] == runs["base"]["data"]
-    assert runs.pop("gate/untrained")["lr"] == 1e-12
-    assert re.search(r"\| base, LoRA on the source \| \d+\.\d+ \| \d+\.\d+ \|", said)
-    assert len(runs) == len(claim.ROWS) + 2                              # the base is a row; two first stages
+def in_process(script, *options, processes=1):
+    """launch.run without the start of a process."""
+    options = list(map(str, options))
+    run_train(*options) if script == "train.py" else evaluate.main(options)
+
+
+def test_two_rows_are_trained_and_compared(argv, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "run", in_process)
+    rows = "RDTF", "SimDA"
+    claim.main([*argv, "--lrs", "1e-3", "--tables", "1", "--rows", *rows])
+    said = capsys.readouterr().out
+    assert re.search(r"\| SimDA - RDTF \| -?\d\.\d+ \[", said)
+    for row in ("untrained", "base", "base, LoRA on the source", "base of stills"):
+        assert re.search(rf"\| {row} \| \d+\.\d+ \| \d+\.\d+ \|", said)
+    shown = {row: launch.shown(tmp_path / f"claim/{row.lower()}/seed-0") for row in rows}
+    for row, seen in shown.items():                                      # A: equal clips of 8 frames, printed
+        numbers = " | ".join(str(seen[name]) for name in ("whole", "clips", "frames", "stills"))
+        assert f"| {row} | 1 | {numbers} | " in said and seen["whole"] == 4
+    assert shown["RDTF"]["clips"] > shown["SimDA"]["clips"] == 4 and shown["SimDA"]["stills"] == 0
     assert Image.open(tmp_path / "claim/differences.png").width == 1320
-    base = runs.pop("base")
-    assert base["tasks"] == ["t2v"] and base["data"] != runs["rdtf/seed-0"]["data"] and base["steps"] == 2
+
+
+def test_every_row_is_trained_as_it_says(argv, tmp_path, monkeypatch):
+    measured, claimed = [], tmp_path / "claim"
+    monkeypatch.setattr(launch, "run", lambda script, *options, **more: (
+        in_process(script, *options) if script == "train.py" else measured.append(options)))
+    monkeypatch.setattr(HeldOut, "loss", lambda *_: 0.5)
+    monkeypatch.setattr(claim, "plot", lambda *_: None)
+    seconds = {"base": 10, "rdtf": 10, "full-fine-tuning": 5}
+    monkeypatch.setattr(claim, "core_seconds", lambda run: seconds.get(run.name) or seconds.get(run.parent.name, 0))
+    claim.main([*argv, "--lrs", "1e-3", "--tables", "2"])
+    table = measured.pop()
+    assert len(measured) == len(claim.ROWS) - 1 and table[:2] == ("--table", "2")      # the untuned base's are there
+    runs = {str(path.parent.relative_to(claimed)): json.loads(path.read_text())["train"]
+            for path in claimed.rglob("config.json") if path.parent.name != "best"}
+    base, stills = runs.pop("base"), runs.pop("base-stills")
+    assert runs.pop("gate/lora")["data"] == runs.pop("gate/lora-absorber")["data"] == base["data"] == stills["data"]
+    assert runs.pop("gate/untrained")["lr"] == 1e-12
+    assert len(runs) == len(claim.ROWS) - 1 + 2                          # the base is a row; two first stages
+    assert base["tasks"] == ["t2v"] and base["data"] != runs["rdtf/seed-0"]["data"] and base["steps"] == 4
+    assert (stills["still_share"], stills["set"]) == (1, ["dfgn.temporal=still"])
     compared = ["it2v", "interpolation", "prediction_forward", "prediction_backward"]
     for place, options in runs.items():
         masks, first = place.startswith("rdtf") or "curriculum" in place, place.endswith("absorber")
@@ -57,39 +89,73 @@ def test_every_row_is_trained_and_compared(argv, tmp_path, capfd):
         assert (options["curriculum"], options["lengths"]) == (("adaptive", "step") if masks else ("none", "full"))
         assert options["still_share"] == (0.5 if masks else 1.0 if first else 0.0)
         assert bool(options["base"]) == (options["method"] != "rdtf")
+        assert ("base-stills" in options["base"]) == place.startswith("simda") == ("still" in str(options["set"]))
         assert ("dfgn.ff_mult=2" in options["set"]) == ("width" in place)
+        if place.split("/")[0] not in ("rdtf--equal-seconds", *LONGER) and not first:
+            assert launch.shown(claimed / place)["whole"] == 4           # A: equal clips of 8 frames
     steps = {place.split("/")[0]: options["steps"] for place, options in runs.items()}
-    assert steps["simda"] == steps["rdtf"] == 4 and steps["rdtf--equal-seconds"] > 4
-    assert [options["steps"] for place, options in sorted(runs.items()) if "video--t/" in place] == [3, 1]
+    assert steps["simda"] == steps["full-fine-tuning"] == 4 and steps["rdtf"] == claim.steps_with(4, 0, 8)
+    assert [options["steps"] for place, options in sorted(runs.items()) if "video--t/" in place] == [4, 1]
+    assert steps["rdtf--equal-seconds"] == round(1.5 * steps["rdtf"])    # B: 10 + 5 seconds, as base and full
+    half, long = (runs[f"{place}/seed-0"] for place in LONGER)
+    assert half["base"].endswith("base/model-000002.safetensors") and long["base"].endswith("base/model.safetensors")
+    assert (half["steps"], long["steps"]) == (4 * 10 / 5, 4 * 15 / 5)
 
 
-def test_learning_rates_are_chosen_on_val(argv, tmp_path, monkeypatch):
-    calls = []
+LONGER = "full-fine-tuning--half-of-the-seconds", "full-fine-tuning--as-long-as-rdtf"
 
-    def run(script, *options, processes=1):
-        options = list(map(str, options))
-        calls.append((script, options))
-        if "--run" in options:
-            _, _, lr = options[options.index("--run") + 1].partition("trial-")
-            assert "val" in options or not lr
-            loss = dict(mean={"0.0001": 0.3, "0.001": 0.2, "0.0003": 0.25}.get(lr, 0.5))
-            report = dict(tasks=dict(it2v=dict(scores=dict(loss=loss))))
-            default = Path(options[options.index("--run") + 1]) / "eval.json"
-            Path(options[options.index("--out") + 1] if "--out" in options else default).write_text(json.dumps(report))
-        elif script == "train.py":
-            folder = Path(options[-1])
-            folder.mkdir(parents=True)
-            (folder / "log.jsonl").write_text('{"loss": 1.0}\n' * 4)
-    monkeypatch.setattr(claim, "run", run)
-    monkeypatch.setattr(claim, "core_seconds", lambda folder: 1)
-    claim.main([*argv, "--tables", "1", "--rows", "SimDA"])
-    trained = [options for script, options in calls if script == "train.py" and "--seed" in options]
-    assert [(o[o.index("--lr") + 1], o[o.index("--steps") + 1]) for o in trained] == [
-        ("0.0001", "1"), ("0.0003", "1"), ("0.001", "1"), ("0.003", "1"), ("0.001", "4")]
-    done = len(calls)
-    assert [script for script, _ in calls[-3:]] == ["train.py", "evaluate.py", "evaluate.py"]   # row, its clips, table
-    claim.main([*argv, "--tables", "1", "--rows", "SimDA"])              # goes on: the table alone is made again
-    assert [script for script, _ in calls[done:]] == ["evaluate.py"]
+
+def test_bases_of_another_claim_are_taken(argv, tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "run", in_process)
+    first = claim.Claim(claim.parse(argv))
+    first.train_bases()
+    monkeypatch.setattr(launch, "run", lambda *_, **__: pytest.fail("trained again"))
+    other = claim.Claim(claim.parse([*argv, "--bases", str(tmp_path / "claim"), "--out", str(tmp_path / "other")]))
+    other.train_bases()
+    assert tmp_path / "claim/base-stills/model.safetensors" in other.options("SimDA")
+
+
+def test_steps_that_hold_equal_clips_of_all_frames():
+    for seed in (0, 3):
+        steps = claim.steps_with(25, seed, 8)
+        drawn = [data.draw_frames(TrainConfig(seed=seed), step, 8) for step in range(steps)]
+        assert drawn.count((8, 1)) == 25 and drawn[-1] == (8, 1)
+    assert claim.steps_with(0, 0, 8) == 0
+
+
+def test_the_best_of_four_checkpoints_is_measured(argv, tmp_path, monkeypatch):
+    tool, folder = claim.Claim(claim.parse(argv)), tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dict(train=dict(steps=7))))
+    for name in ("model-000002", "model-000004", "model-000006", "model"):
+        (folder / f"{name}.safetensors").write_text(name)
+    losses = {"model-000002": 3, "model-000004": 1, "model-000006": 2, "model": 4}
+    monkeypatch.setattr(HeldOut, "loss", lambda self, model, *tasks: losses[model.stem] + 10 * (len(tasks) != 4))
+    assert (tool.best(folder) / "model.safetensors").read_text() == "model-000004"
+    losses["model"] = 0                                                  # what is chosen stays
+    assert (tool.best(folder) / "model.safetensors").read_text() == "model-000004"
+    assert (folder / "best/config.json").read_text() == (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize(("best", "tried"), [(3e-4, [1e-4, 3e-4, 1e-3, 3e-3]),
+                                             (1e-2, [1e-4, 3e-4, 1e-3, 3e-3, 9e-3, 0.03]),
+                                             (1e-9, [1e-4, 3e-4, 1e-3, 3e-3, 3e-5, 1e-5, 3e-6])])
+def test_learning_rates_are_tried_until_the_best_is_inside(argv, monkeypatch, best, tried):
+    asked = []
+
+    def trial(row, lr):
+        asked.append(lr)
+        return abs(np.log(lr / best))
+    tool = claim.Claim(claim.parse(argv))
+    monkeypatch.setattr(tool, "trial", trial)
+    rates = tool.choose_rates(["SimDA"])
+    assert asked == pytest.approx(tried) and rates == {"SimDA": min(asked, key=lambda lr: abs(np.log(lr / best)))}
+
+
+def test_a_script_that_fails_is_said(capfd):
+    with pytest.raises(UserError, match="train.py failed; the same command goes on from here"):
+        launch.run("train.py", "--steps", 0)
+    assert "--steps 0" in capfd.readouterr().err
 
 
 def test_no_training_begins_after_one_that_failed(argv, monkeypatch):
@@ -100,11 +166,11 @@ def test_no_training_begins_after_one_that_failed(argv, monkeypatch):
         if begun[-1] == "rdtf":
             raise UserError("train.py failed")
         Path(options[-1]).mkdir(parents=True)
-    monkeypatch.setattr(claim, "run", run)
+    monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(claim.Claim, "gate", lambda self: None)
     with pytest.raises(UserError, match="train.py failed"):
         claim.main([*argv, "--lrs", "1e-3", "--rows", "RDTF", "SimDA", "I2V-Adapter"])
-    assert begun == ["claim", "rdtf"]
+    assert begun == ["claim", "claim", "rdtf"]                           # two bases before it
 
 
 def test_a_source_with_held_out_concepts_is_refused(target, tmp_path):

@@ -6,45 +6,54 @@
     python tools/claim.py --rows RDTF SimDA --tables 1 --jobs 2                  # some of it, two trainings at a time
 
 The base (1.3 times RDTF's parameters) is trained on text alone, on stills of other styles moved by named motions; no
-concept of the target's val and test splits is in it. Every row then has the same number of steps on the target set, the
-same VAE, batch, averages and sampler, and serves both tables. The compared methods are trained on whole clips and the
-tables' tasks; one of them also gets our masks, stills and curriculum. Learning rates are chosen for each row on the val
-split, with the same number of trials of a third of the steps. "RDTF, equal seconds" is RDTF for as many core-seconds as
-base and SimDA took together. The same command goes on where it was stopped; what is done is kept.
+concept of the target's val and test splits is in it. SimDA's base is of text to image: without temporal layers, trained
+on single frames of the same. All rows have the same VAE, batch, averages and sampler, and serve both tables. The
+compared methods are trained on whole clips and the tables' tasks; one of them also gets our masks, stills and
+curriculum. On the val split each row's learning rate is chosen, by trials of a third of the steps until the best is no
+end of the grid, and for each run the best of four checkpoints.
+
+A, equal clips: every row sees as many clips of all 8 frames; with our masks shorter clips and stills come on top.
+B, equal seconds: as many core-seconds as base and full fine-tuning took together, by RDTF; by full fine-tuning, half of
+them on half of the base's steps; and by full fine-tuning of the whole base, as long on the target as RDTF.
+
+The same command goes on where it was stopped; what is done is kept. For another domain (Tables 9 and 10) name its set,
+the bases that are there and another folder:
+
+    python data.py synthetic --n 400 --out data/shapes
+    python tools/claim.py --data data/shapes --bases runs/claim --out runs/claim-shapes
 """
 import argparse
 import itertools
 import os
-import subprocess
+import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data import TASKS, StickerSet  # noqa: E402
+from data import TASKS, StickerSet, draw_frames  # noqa: E402
 from lib.metrics.tables import markdown  # noqa: E402
-from lib.run.files import UserError, read_json, read_jsonl, run_cli  # noqa: E402
+from lib.run import launch  # noqa: E402
+from lib.run.files import UserError, read_json, run_cli  # noqa: E402
 from lib.run.options import check_least  # noqa: E402
 from model import PRESETS  # noqa: E402
+from tools.held_out import HeldOut, best_of  # noqa: E402
+from train import TrainConfig  # noqa: E402
 
 TASKS_OF = {"1": ["it2v"], "2": ["interpolation", "prediction_forward", "prediction_backward"]}
 BASES = {"tiny": "tiny-base", "mini": "base", "paper": "paper-base"}
 TUNED = {"full fine-tuning": "full", "I2V-Adapter": "i2v_adapter", "SimDA": "simda",
          "Customize-A-Video, T": "customize_a_video", "Customize-A-Video, S + T": "customize_a_video_st",
          "SimDA, dual masks, curriculum": "simda"}
-UNTUNED = "base, untuned"
-ROWS = ["RDTF", "RDTF, equal seconds", "base's width from scratch", *TUNED, UNTUNED]
-
-
-def run(script, *arguments, processes=1):
-    """Run a script of the repository to its end. UserError: it failed, and has said why."""
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    if subprocess.run([sys.executable, *many, ROOT / script, *map(str, arguments)]).returncode:
-        raise UserError(f"{script} failed; the same command goes on from here")
+STILL = ["--set", "dfgn.temporal=still"]         # a base of single frames
+SHOWN = "whole", "clips", "frames", "stills"     # of a run's log
+MORE_RATES = 3                                   # by which a grid of learning rates may grow
+UNTUNED, FULL = "base, untuned", "full fine-tuning"
+EQUAL_SECONDS = {"RDTF, equal seconds": "RDTF", "full fine-tuning, half of the seconds": FULL,
+                 "full fine-tuning, as long as RDTF": FULL}
+ROWS = ["RDTF", "base's width from scratch", *TUNED, UNTUNED, *EQUAL_SECONDS]
 
 
 def absorber_of(folder):
@@ -52,158 +61,192 @@ def absorber_of(folder):
     return folder.with_name(folder.name + "-absorber")
 
 
-def logged(folder, name):
-    """A number of every line of a run's log."""
-    return [line[name] for _, line in read_jsonl(folder / "log.jsonl")]
-
-
 def core_seconds(folder):
     """Of a run, and of its first stage if it has one."""
-    return sum(sum(logged(part, "cpu_s")) for part in (folder, absorber_of(folder)) if part.is_dir())
+    return sum(sum(launch.logged(part, "cpu_s")) for part in (folder, absorber_of(folder)) if part.is_dir())
 
 
-def train(folder, *options, processes=1):
-    """A finished run: its folder."""
-    if not (folder / "done").is_file():
-        run("train.py", *options, "--out", folder, processes=processes)
-        (folder / "done").touch()
-    return folder
+def train(folder, steps, *options, **more):
+    """A finished run, of whose way three more models are kept."""
+    return launch.train(folder, *options, "--steps", steps, "--keep-every", -(-steps // 4), **more)
 
 
-def train_two_stages(folder, first_steps, steps, *options):
-    """A run of Customize-A-Video: its first stage, on stills, then the second beside it."""
-    first = ["--method", "appearance_lora", "--tasks", *TASKS, "--still-share", 1, "--steps", first_steps]
-    absorber = train(absorber_of(folder), *options, *first)
-    return train(folder, *options, "--absorber", absorber / "model.safetensors", "--steps", steps)
+def train_two_stages(folder, steps, *options):
+    """A run of Customize-A-Video: its first stage, of stills and 30 % of all steps, then the second beside it."""
+    first = ["--method", "appearance_lora", "--tasks", *TASKS, "--still-share", 1]
+    absorber = train(absorber_of(folder), max(1, steps * 3 // 7), *options, *first)
+    return train(folder, steps, *options, "--absorber", absorber / "model.safetensors")
+
+
+def has_masks(row):
+    """Whether a row has our masks, stills and curriculum."""
+    return row.startswith("RDTF") or row.endswith("curriculum")
+
+
+def steps_with(whole, seed, T):
+    """Steps of a run with our masks, of which `whole` are on clips of all T frames."""
+    config, step = TrainConfig(seed=seed), 0
+    while whole:
+        whole -= draw_frames(config, step, T) == (T, 1)
+        step += 1
+    return step
 
 
 class Claim:
     def __init__(self, args):
-        self.args, self.out, self.base = args, Path(args.out), Path(args.out) / "base"
+        self.args, self.out = args, Path(args.out)
+        self.base, self.still_base = (Path(args.bases or args.out) / name for name in ("base", "base-stills"))
         self.tasks = [task for tasks in TASKS_OF.values() for task in tasks]
         self.common = ["--vae", args.vae, "--batch", args.batch, "--precision", args.precision, "--log-every", 20]
         groups = ["--groups", *args.groups] if args.groups else []
         self.target, self.source = (["--data", folder, *groups] for folder in (args.data, args.source))
+        self.val = HeldOut(args.data, "val", 32, groups=args.groups)
 
     def options(self, row):
         """Options of train.py for a row, without learning rate, seed and steps."""
-        masks = row.startswith("RDTF") or row.endswith("curriculum")     # ours, with stills and curriculum
+        masks = has_masks(row)
         whole = ["--tasks", *self.tasks, "--lengths", "full", "--curriculum", "none", "--still-share", "0"]
         options, larger = [*self.common, *self.target, *([] if masks else whole)], BASES[self.args.preset]
         if row in TUNED:
-            return [*options, "--preset", larger, "--base", self.base / "model.safetensors", "--method", TUNED[row]]
+            stills = TUNED[row] == "simda"
+            base = self.still_base if stills else self.base
+            return [*options, "--preset", larger, "--base", base / "model.safetensors", "--method", TUNED[row],
+                    *(STILL if stills else [])]
         wide = PRESETS[larger].dfgn
         width = ["--set", f"dfgn.widths={','.join(map(str, wide.widths))}", f"dfgn.ff_mult={wide.ff_mult}"]
         return [*options, "--preset", self.args.preset, *(width if "width" in row else [])]
 
     def train_row(self, folder, row, steps, *more):
-        """A run of a row; Customize-A-Video's first stage, of stills, takes 30 % of the steps."""
-        options, first = [*self.options(row), *more], steps * 3 // 10
-        if TUNED.get(row, "").startswith("customize"):
-            return train_two_stages(folder, max(1, first), max(1, steps - first), *options)
-        return train(folder, *options, "--steps", steps)
+        """A run of a row."""
+        stages = train_two_stages if TUNED.get(row, "").startswith("customize") else train
+        return stages(folder, steps, *self.options(row), *more)
+
+    def steps(self, row, seed, whole):
+        """Steps in which a row sees `whole` steps of whole clips."""
+        return steps_with(whole, seed, PRESETS[self.args.preset].frames) if has_masks(row) else whole
 
     def place(self, row):
         return self.out / "".join(c if c.isalnum() else "-" for c in row.lower())
 
-    def loss(self, folder, name, tasks, *options):
-        """Denoising loss of a run, mean of tasks; the report is kept in its folder."""
-        report = folder / f"{name}.json"
-        if not report.is_file():
-            run("evaluate.py", "--run", folder, "--steps", 2, "--tasks", *tasks, "--out", report, *options)
-        measured = read_json(report)["tasks"].values()
-        return sum(task["scores"]["loss"]["mean"] for task in measured) / len(measured)
+    def best(self, folder):
+        """A folder with the one of a run's four checkpoints whose loss on val is lowest."""
+        chosen, last = folder / "best", folder / "model.safetensors"
+        if not (chosen / "model.safetensors").is_file():
+            steps = read_json(folder / "config.json")["train"]["steps"]
+            models = {path.stem: path for path in sorted(folder.glob("model-*.safetensors"))
+                      if int(path.stem.rpartition("-")[2]) < steps}
+            models["model"] = last
+            chosen.mkdir(exist_ok=True)
+            shutil.copyfile(folder / "config.json", chosen / "config.json")
+            shutil.copyfile(models[best_of(models, self.val, *self.tasks)], chosen / "best.tmp")
+            os.replace(chosen / "best.tmp", chosen / "model.safetensors")
+        return chosen
 
     def measure(self, folder):
         """Make a run's clips, losses and features, which the tables read: here --jobs runs are measured at a time."""
-        if not (folder / "eval.json").is_file():
+        chosen = self.best(folder)
+        if not (chosen / "eval.json").is_file():
             tasks = [task for table in self.args.tables for task in TASKS_OF[table]]
-            run("evaluate.py", "--run", folder, *self.target, "--tasks", *tasks, "--n", self.args.n)
+            launch.run("evaluate.py", "--run", chosen, *self.target, "--tasks", *tasks, "--n", self.args.n)
 
     def trial(self, row, lr):
         """Loss on the val split after a third of the steps."""
-        folder = self.train_row(self.place(row) / f"trial-{lr:g}", row, max(1, self.args.steps // 3),
-                                "--lr", lr, "--seed", 0)
-        return self.loss(folder, "val", self.tasks, *self.target, "--split", "val", "--n", 32)
+        steps = self.steps(row, 0, max(1, self.args.steps // 3))
+        folder = self.train_row(self.place(row) / f"trial-{lr:g}", row, steps, "--lr", lr, "--seed", 0)
+        return self.val.loss(folder / "model.safetensors", *self.tasks)
 
     def gate(self):
         """Print what the base must show before anything is claimed: it has converged, knows its source, LoRA reaches
         it there, and what it knows is of use on the target."""
         a = self.args
         source = [*self.common, *self.source, "--preset", BASES[a.preset]]
-        tuned = train_two_stages(self.out / "gate/lora", max(1, a.steps * 3 // 10), a.steps, *source,
-                                 "--base", self.base / "model.safetensors", "--method", "customize_a_video_st",
-                                 "--still-share", 0, "--tasks", "t2v")
-        untrained = train(self.out / "gate/untrained", *source, "--lr", 1e-12, "--steps", 1)
+        tuned = train_two_stages(self.out / "gate/lora", a.steps, *source, "--base", self.base / "model.safetensors",
+                                 "--method", "customize_a_video_st", "--still-share", 0, "--tasks", "t2v")
+        untrained = launch.train(self.out / "gate/untrained", *source, "--lr", 1e-12, "--steps", 1)
+        sets = [HeldOut(folder, "test", a.n, groups=a.groups) for folder in (a.source, a.data)]
         rows = []
-        for name, folder in {"untrained": untrained, "base": self.base, "base, LoRA on the source": tuned}.items():
-            losses = (self.loss(folder, f"gate-{where}", ["t2v"], *options, "--n", a.n)
-                      for where, options in (("source", self.source), ("target", self.target)))
+        for name, folder in {"untrained": untrained, "base": self.base, "base, LoRA on the source": tuned,
+                             "base of stills": self.still_base}.items():
+            losses = (held.loss(folder / "model.safetensors", "t2v") for held in sets)
             rows.append([name, *(f"{loss:.4f}" for loss in losses)])
-        losses = logged(self.base, "loss")
-        n = len(losses)
-        third, last = np.mean(losses[n // 2:max(n * 3 // 4, n // 2 + 1)]), np.mean(losses[n * 3 // 4:])
+        quarters = [[f"{np.mean(part):.4f}" for part in np.array_split(launch.logged(base, "loss"), 4) if len(part)]
+                    for base in (self.base, self.still_base)]
         print(f"\n{markdown(['t2v denoising loss, held out', 'source', 'target'], rows)}\n"
-              f"training loss of the base, third and last quarter: {third:.4f}, {last:.4f}\n", flush=True)
-
-    def several(self, work, arguments):
-        """[work(*a) for a in arguments], --jobs at a time. After one that failed no other begins."""
-        failed = []
-
-        def one(a):
-            try:
-                return None if failed else work(*a)
-            except BaseException:
-                failed.append(a)
-                raise
-        with ThreadPoolExecutor(self.args.jobs) as pool:
-            return list(pool.map(one, arguments))
+              f"training loss of the base by quarters: {', '.join(quarters[0])}; of that of stills: "
+              f"{', '.join(quarters[1])}\n", flush=True)
 
     def choose_rates(self, rows):
-        """{row: the one of --lrs whose trial has the lowest loss}."""
-        lrs = self.args.lrs
-        if len(lrs) == 1:
-            return dict.fromkeys(rows, lrs[0])
-        pairs, rates = list(itertools.product(rows, lrs)), {}
-        losses = dict(zip(pairs, self.several(self.trial, pairs)))
-        for row in rows:
-            rates[row] = min(lrs, key=lambda lr: losses[row, lr])        # noqa: B023
-            said = ", ".join(f"{lr:g}: {losses[row, lr]:.4f}" for lr in lrs)
+        """{row: the learning rate whose trial has the lowest loss}: of --lrs, or beyond them where that is an end."""
+        ratio, losses = max(self.args.lrs[1:2] or [1]) / self.args.lrs[0], {}
+        grids = {row: list(self.args.lrs) for row in rows}
+        if len(self.args.lrs) == 1:
+            return dict.fromkeys(rows, self.args.lrs[0])
+        for _ in range(1 + MORE_RATES):
+            pairs = [(row, lr) for row, lrs in grids.items() for lr in lrs if (row, lr) not in losses]
+            losses.update(zip(pairs, launch.several(self.trial, pairs, self.args.jobs)))
+            rates = {row: min(lrs, key=lambda lr: losses[row, lr]) for row, lrs in grids.items()}  # noqa: B023
+            for row, lrs in grids.items():
+                if rates[row] == lrs[0]:
+                    lrs.insert(0, float(f"{lrs[0] / ratio:.1g}"))
+                elif rates[row] == lrs[-1]:
+                    lrs.append(float(f"{lrs[-1] * ratio:.1g}"))
+        for row, lrs in grids.items():
+            said = ", ".join(f"{lr:g}: {losses[row, lr]:.4f}" for lr in lrs if (row, lr) in losses)
             print(f"{row}: --lr {rates[row]:g} ({said})", flush=True)
         return rates
 
     def train_rows(self):
         """{row: run folders, one for each seed}."""
-        a, long = self.args, "RDTF, equal seconds"
-        needed = {"RDTF", "SimDA"} if long in a.rows else set()
-        rows = [row for row in ROWS if row in needed | set(a.rows) and row not in (long, UNTUNED)]
-
-        def train_seed(row, seed, steps=a.steps):
-            of = "RDTF" if row == long else row
-            self.measure(self.train_row(self.place(row) / f"seed-{seed}", of, steps, "--lr", rates[of], "--seed", seed))
+        a = self.args
+        later = [row for row in a.rows if row in EQUAL_SECONDS]
+        needed = {"RDTF", FULL} if later else set()
+        rows = [row for row in ROWS if row in needed | set(a.rows) and row not in (*EQUAL_SECONDS, UNTUNED)]
         rates = self.choose_rates(rows)
-        self.several(train_seed, itertools.product(rows, a.seeds))
-        if long in a.rows:
-            rdtf, simda = (core_seconds(self.place(row) / f"seed-{a.seeds[0]}") for row in ("RDTF", "SimDA"))
-            steps = max(1, round(a.steps * (core_seconds(self.base) + simda) / rdtf))
-            self.several(train_seed, [(long, seed, steps) for seed in a.seeds])
+
+        def train_seed(row, seed):
+            self.measure(self.train_row(self.place(row) / f"seed-{seed}", row, self.steps(row, seed, a.steps),
+                                        "--lr", rates[row], "--seed", seed))
+
+        def train_long(row, seed):
+            of, base = EQUAL_SECONDS[row], core_seconds(self.base)
+            first = self.place(of) / f"seed-{a.seeds[0]}"
+            half = "half" in row
+            seconds = base + core_seconds(self.place(FULL) / f"seed-{a.seeds[0]}") - (base / 2 if half else 0)
+            steps = read_json(first / "config.json")["train"]["steps"] * seconds / core_seconds(first)
+            more = ["--base", self.half_base()] if half else []
+            self.measure(self.train_row(self.place(row) / f"seed-{seed}", of, max(1, round(steps)), *more,
+                                        "--lr", rates[of], "--seed", seed))
+        launch.several(train_seed, itertools.product(rows, a.seeds), a.jobs)
+        launch.several(train_long, itertools.product(later, a.seeds), a.jobs)
         return {row: [self.base] if row == UNTUNED else [self.place(row) / f"seed-{seed}" for seed in a.seeds]
                 for row in a.rows}
 
+    def half_base(self):
+        """The base after half of its steps."""
+        every = -(-self.args.base_steps // 4)
+        return self.base / f"model-{min(2 * every, self.args.base_steps):06}.safetensors"
+
+    def train_bases(self):
+        a = self.args
+        options = [*self.common, *self.source, "--preset", BASES[a.preset], "--tasks", "t2v", "--batch", a.base_batch]
+        train(self.base, a.base_steps, *options, processes=a.jobs)
+        train(self.still_base, a.base_steps, *options, *STILL, "--still-share", 1, processes=a.jobs)
+
     def tables(self):
         a = self.args
-        train(self.base, *self.common, *self.source, "--preset", BASES[a.preset], "--tasks", "t2v",
-              "--batch", a.base_batch, "--steps", a.base_steps, processes=a.jobs)
+        self.train_bases()
         self.gate()
         found = self.train_rows()
-        costs = [[row, str(len(folders)), f"{core_seconds(folders[0]):.0f}"] for row, folders in found.items()]
-        print(f"\n{markdown(['row', 'runs', 'core-seconds of the first on the target'], costs)}\n"
-              f"base: {core_seconds(self.base):.0f} core-seconds on the source\n", flush=True)
-        rows = [f"{row}={folders[0] if row == UNTUNED else folders[0].parent / 'seed-*[0-9]'}"
+        rows = [[row, str(len(folders)), *(str(launch.shown(folders[0])[k]) for k in SHOWN),
+                 f"{core_seconds(folders[0]):.0f}"] for row, folders in found.items() if row != UNTUNED]
+        head = ["row", "runs", "clips of 8 frames of the first", "clips", "frames of clips", "stills", "core-seconds"]
+        print(f"\n{markdown(head, rows)}\nbase: {core_seconds(self.base):.0f} core-seconds on the source, base of "
+              f"stills: {core_seconds(self.still_base):.0f}\n", flush=True)
+        rows = [f"{row}={folders[0] if row == UNTUNED else folders[0].parent / 'seed-*[0-9]/best'}"
                 for row, folders in found.items()]
         reports = [self.out / f"table-{table}.json" for table in a.tables]
         for table, report in zip(a.tables, reports):
-            run("evaluate.py", "--table", table, "--rows", *rows, *self.target, "--n", a.n, "--out", report)
+            launch.run("evaluate.py", "--table", table, "--rows", *rows, *self.target, "--n", a.n, "--out", report)
         if len(found) > 1:
             plot(self.out / "differences.png", reports)
             print(self.out / "differences.png")
@@ -239,7 +282,7 @@ def check_apart(source, target):
                         f"{min(both)!r}; prepare it with --hold-out all")
 
 
-def main(argv=None):
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default="data/fluent", help="the target set (default: %(default)s)")
@@ -258,12 +301,18 @@ def main(argv=None):
     add("--rows", nargs="+", choices=ROWS, default=ROWS, help="default: all; differences are to the first")
     add("--n", type=int, default=256, help="test concepts (default: %(default)s)")
     add("--jobs", type=int, default=1, help="trainings at a time, of one thread each where there is more than one")
+    add("--bases", help="folder of another claim whose bases are tuned here, too (default: that of --out)")
     add("--out", default="runs/claim", help="folder of all runs (default: %(default)s)")
     args = parser.parse_args(argv)
     check_least(args, steps=3, base_steps=1, batch=1, base_batch=1, n=2, jobs=1)
+    args.lrs.sort()
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     check_apart(args.source, args.data)
-    if args.jobs > 1:
-        os.environ["OMP_NUM_THREADS"] = "1"
+    launch.share_cores(args.jobs)
     Claim(args).tables()
 
 
