@@ -2,6 +2,7 @@
 
     python data.py fluent                        3,391 Fluent Emoji stickers (about 730 MB by npm) -> data/fluent
     python data.py emoji                         9,357 stills in the styles Noto, Twemoji, Fluent  -> data/emoji
+    python data.py emoji --styles emojione ...   those of other hands, vectors at any --size
     python data.py vsd2m MANIFEST --root DIR     the VSD2M manifest as its authors publish it      -> data/vsd2m
     python data.py folder DIR                    any folder of GIF, WebP, APNG, PNG, JPEG files    -> data/folder
     python data.py long-tail SET                 a set whose training stickers keep few frames     -> data/long-tail

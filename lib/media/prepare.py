@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from lib.media.index import COLUMNS, SPLITS, VERSION, read_meta
 from lib.media.pictures import decode_frames, durations_of_kept, square, thin
-from lib.media.sources import MAX_CAPTION, lies_in, move, split_of
+from lib.media.sources import MAX_CAPTION, STILL_MOTIONS, lies_in, move, split_of
+from lib.media.vectors import drawn
 from lib.run.files import UserError, clutter, lock, read_json, read_jsonl, real_folder, rename_durably, write_json
 
 SHARD_JOBS, SHARD_BYTES = 256, 2 * 10**9         # at most, of a shard
@@ -177,13 +178,15 @@ def write_shard(part, size, most, read, describe, number, jobs):
 def decode(job, size, most, room):
     """Job -> index record without `first`, frames (n, size, size, 4). UserError: the reason why it is skipped."""
     check_job(job)
-    source, keep = job["source"], job.get("keep", ())
+    moved = "motion" in job and STILL_MOTIONS[job["motion"]]
+    source = drawn(job["icon"], size, moved or None) if "icon" in job else job["source"]
+    keep = job.get("keep", ())
     if isinstance(source, tuple):                # frames and durations, drawn in the worker
         kept = thin(len(source[0]), most)
         frames, durations = square(source[0][kept], size), durations_of_kept(source[1], kept)
     else:
         frames, durations, kept = decode_frames(source, job["file"], most, size, keep, room)
-    if "motion" in job:
+    if moved and "icon" not in job:
         frames = move(frames[0], job["motion"])
         durations = [100] * len(frames)
     record = {name: job[name] for name in ("file", "caption", "keywords", "concept", "group")}

@@ -2,7 +2,8 @@
 
 Each yields jobs: dict(file, source, caption, keywords, concept, group), `source` a path, bytes, or (frames, durations);
 those of a manifest or folder also have keep (frame numbers) and root (the folder in which the file must lie, or None),
-those of emoji stills style, split and perhaps motion. Labels and keywords of emoji: emojibase-data (MIT).
+those of emoji stills style, split and perhaps motion, vectors among them icon (lib/media/vectors.py) in the place of
+source. Labels and keywords of emoji: emojibase-data (MIT).
 """
 import codecs
 import functools
@@ -27,6 +28,8 @@ from PIL import Image, ImageDraw
 
 from lib.media.index import Index
 from lib.media.pictures import FORMATS, MAX_BYTES, MAX_FRAMES, durations_of_kept, even_frames
+from lib.media.vectors import HANDS, name_key, read_hand
+from lib.media.vectors import LICENCES as OF_HANDS
 from lib.nets.towers import LENGTH, clip_tokenizer
 from lib.run.files import UserError, file_hash, json_hash, numbered_lines, parse_line, read_jsonl
 
@@ -47,7 +50,7 @@ STILLS = {  # style: npm package, pictures in it; all are in the licences below
                 "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
                r"package/assets/([0-9a-z_-]+)\.webp")}
 LICENCES = {"fluent": "Fluent Emoji, Microsoft: MIT", "noto": "Noto Emoji, Google: Apache-2.0",
-            "twemoji": "Twemoji, Twitter, Inc and other contributors: CC-BY-4.0"}
+            "twemoji": "Twemoji, Twitter, Inc and other contributors: CC-BY-4.0", **OF_HANDS}
 
 
 # ---- concepts and splits
@@ -196,34 +199,50 @@ def move(still, motion, n=8):
     return np.stack(frames)
 
 
-def emoji_jobs(hold_out, downloads, moving=False, styles=tuple(STILLS)):
-    """Fetch the stills of all STILLS into the folder `downloads`, then return a generator of jobs.
+def emoji_jobs(hold_out, downloads, moving=False, styles=tuple(STILLS), size=64):
+    """Fetch the packages of stills into the folder `downloads`, then return a generator of jobs.
 
     moving: each has one of STILL_MOTIONS, whose name is in the caption; a hash of the file chooses.
 
-    styles: whose stills are given, those that all of STILLS have and that are no flags. The style is a word of the
-    caption. hold_out: "all" splits every style by concept; "fluent" Fluent's alone, and the others' drawings of
-    held-out concepts are trained on."""
+    styles: whose stills are given, of STILLS or HANDS; none is a flag. Of STILLS those that all of them have, as
+    pictures; HANDS are vectors, and so are what both have where pictures would be too small or be moved. The style is a
+    word of the caption. hold_out: "all" splits every style by concept; "fluent" Fluent's alone, and the others'
+    drawings of held-out concepts are trained on."""
     labels = emoji_labels(fetch(*EMOJIBASE, downloads))
-    archives = {style: (fetch(*package, downloads), pattern) for style, (package, pattern) in STILLS.items()}
-    common = {points for points, label in labels.items() if label["group"] != "flags"}
-    for archive in archives.values():
-        common &= {code_points(stem) for stem, _ in tar_stickers(*archive)}
+    emoji = {points: label for points, label in labels.items() if label["group"] != "flags"}
+    hands = [style for style in styles if style in HANDS and (style not in STILLS or size > 64 or moving)]
+    packages = {style: (fetch(*package, downloads), pattern) for style, (package, pattern) in STILLS.items()
+                if set(styles) - set(hands)}
+    archives = {style: fetch(*HANDS[style], downloads) for style in hands}
+
+    def drawings(style, common):
+        """Yield (points, stem, source or icon)."""
+        if style in hands:
+            icons = read_hand(archives[style])
+            for points, label in emoji.items():
+                if icon := icons.get(name_key(label["caption"])):
+                    yield points, points, dict(icon=icon, source=None)
+            return
+        left = set(common)                       # some of Fluent's are there twice, with and without fe0f
+        for stem, content in tar_stickers(*packages[style]):
+            if (points := code_points(stem)) in left:
+                left.remove(points)
+                yield points, stem, dict(source=content)
 
     def jobs():
+        common = set(emoji)
+        for package in packages.values():
+            common &= {code_points(stem) for stem, _ in tar_stickers(*package)}
         for style in styles:
-            left = set(common)                   # some of Fluent's are there twice, with and without fe0f
-            for stem, content in tar_stickers(*archives[style]):
-                if (points := code_points(stem)) in left:
-                    left.remove(points)
-                    label, always = labels[points], hold_out == "fluent" and style != "fluent"
-                    split = "train" if always else split_of(label["concept"])
-                    file, motion = f"{style}/{stem}", {}
-                    if moving:
-                        motion = dict(motion=list(STILL_MOTIONS)[zlib.crc32(file.encode()) % len(STILL_MOTIONS)])
-                    words = " ".join([label["caption"], *motion.values()])
-                    yield dict(label, file=file, source=content, style=style, split=split,
-                               caption=f"{words}, {style} style", **motion)
+            for points, stem, drawing in drawings(style, common):
+                label, always = emoji[points], hold_out == "fluent" and not style.startswith("fluent")
+                split = "train" if always else split_of(label["concept"])
+                file, motion = f"{style}/{stem}", {}
+                if moving:
+                    motion = dict(motion=list(STILL_MOTIONS)[zlib.crc32(file.encode()) % len(STILL_MOTIONS)])
+                words = " ".join([label["caption"], *motion.values()])
+                yield dict(label, file=file, **drawing, style=style, split=split, caption=f"{words}, {style} style",
+                           **motion)
     return jobs()
 
 
@@ -442,9 +461,10 @@ def source_of(o):
         return (f"fluent {' '.join(map(str, parts))}", lambda: fluent_jobs(parts, Path(o.out).parent / "npm"),
                 dict(licences=[LICENCES["fluent"]]))
     if o.command == "emoji":
-        styles = [style for style in STILLS if style in o.styles]
-        jobs = functools.partial(emoji_jobs, o.hold_out, Path(o.out).parent / "npm", o.moving, styles)
-        some = " " + " ".join(styles) if len(styles) < len(STILLS) else ""
+        styles = [style for style in (*STILLS, *HANDS) if style in o.styles]
+        styles = list(dict.fromkeys(styles))
+        jobs = functools.partial(emoji_jobs, o.hold_out, Path(o.out).parent / "npm", o.moving, styles, o.size)
+        some = " " + " ".join(styles) if styles != list(STILLS) else ""
         name = f"emoji{some}, held out: {o.hold_out}" + (", moving" if o.moving else "")
         return name, jobs, dict(licences=[LICENCES[style] for style in styles])
     if o.command == "synthetic":
