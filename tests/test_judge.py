@@ -79,6 +79,18 @@ def test_training_makes_a_judge_that_knows_shapes_of_other_styles(drawings, tmp_
     assert "nearest of 8 concepts" in extractor.describe(8, 64) and "0.1250" in extractor.describe(8, 64)
 
 
+def test_places_are_by_the_hands_that_are_named(drawings, tmp_path):
+    argv = ["--data", str(drawings), "--steps", "1", "--batch", "4", "--out", str(tmp_path / "judge.safetensors")]
+    train_judge.main([*argv, "--places", "fluent"])
+    net, found = load_judge(tmp_path / "judge.safetensors"), train_judge.Drawings(drawings)
+    assert net.concepts == sorted(f"{colour} star" for colour in COLOURS[:7])             # pink is Noto's alone
+    numbers = [found.of[name]["fluent"][0] for name in net.concepts]
+    assert torch.allclose(net.places, train_judge.embed(net, found, numbers), atol=1e-2)
+    assert not torch.allclose(net.places, train_judge.embed(net, found, [n - 14 for n in numbers]), atol=1e-2)
+    with pytest.raises(UserError, match="--places openmoji: .* has no drawing in such a style"):
+        train_judge.main([*argv, "--places", "openmoji"])
+
+
 def test_who_is_recognised_by_hand():
     net = Judge(["cat", "dog", "owl"], width=2)
     net.places.copy_(torch.tensor([[1., 0.], [0., 1.], [-1., 0.]]))

@@ -1,6 +1,7 @@
-"""Train the judge of Recog@1 (lib/metrics/judge.py) on emoji stills in three styles, on a CPU.
+"""Train the judge of Recog@1 (lib/metrics/judge.py) on emoji stills in several styles, on a CPU.
 
     python tools/train_judge.py --precision bf16 --data data/emoji --out checkpoints/judge.safetensors
+    python tools/train_judge.py --data data/hands --places openmoji noto-v1 emojione-v1 fxemoji --out judge.safetensors
 
 Trained on the concepts of the train split alone, whatever the set held out. At the end it is asked for the concepts of
 Fluent stills that it never saw.
@@ -24,8 +25,6 @@ from lib.nets.cpu import keep_memory  # noqa: E402
 from lib.nets.weights import save_model  # noqa: E402
 from lib.run.draws import rng_for  # noqa: E402
 from lib.run.files import UserError, check_outputs, run_cli  # noqa: E402
-
-REFERENCE = ("noto", "twemoji")                  # whose drawings are a concept's place
 
 
 class Drawings:
@@ -88,10 +87,10 @@ def embed(net, drawings, numbers, batch=256):
     return torch.cat([net(to_signed(np.round(on_white(part) * 255).astype(np.uint8)[:, None])[:, 0]) for part in parts])
 
 
-def set_places(net, drawings):
-    """The mean embedding of each concept's drawings in the styles of REFERENCE."""
+def set_places(net, drawings, styles):
+    """The mean embedding of each concept's drawings in these styles."""
     for row, name in enumerate(net.concepts):
-        numbers = [i for style in REFERENCE for i in drawings.of[name].get(style, [])]
+        numbers = [i for style in styles for i in drawings.of[name].get(style, [])]
         net.places[row] = F.normalize(embed(net, drawings, numbers).mean(0), dim=0)
 
 
@@ -113,6 +112,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", default="data/emoji", help="a set of `python data.py emoji` (default: %(default)s)")
+    add("--places", nargs="+", default=["noto", "twemoji"], metavar="STYLE",
+        help="whose drawings are a concept's place (default: noto twemoji)")
     add("--out", default="checkpoints/judge.safetensors", help="default: %(default)s")
     add("--steps", type=int, default=6000, help="default: %(default)s")
     add("--batch", type=int, default=128, help="concepts a step (default: %(default)s)")
@@ -126,7 +127,9 @@ def main(argv=None):
     keep_memory()
     drawings = Drawings(o.data)
     torch.manual_seed(o.seed)
-    net = Judge(sorted(name for name, styles in drawings.of.items() if set(REFERENCE) & styles.keys()))
+    net = Judge(sorted(name for name, styles in drawings.of.items() if set(o.places) & styles.keys()))
+    if not net.concepts:
+        raise UserError(f"--places {' '.join(o.places)}: {o.data} has no drawing in such a style")
     optimizer = torch.optim.AdamW(net.parameters(), o.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, o.lr, total_steps=o.steps, pct_start=0.1)
     size = sum(p.numel() for p in net.parameters()) / 1e6
@@ -142,7 +145,7 @@ def main(argv=None):
         optimizer.step(), schedule.step()
         bar.set_postfix_str(f"loss {loss:.3f}")
     net.eval()
-    set_places(net, drawings)
+    set_places(net, drawings, o.places)
     report(net, drawings)
     Path(o.out).parent.mkdir(parents=True, exist_ok=True)
     save_model(o.out, {name: w.half() for name, w in net.state_dict().items()}, kind="judge", concepts=net.concepts,

@@ -1,8 +1,8 @@
 """Recog@1: is a sticker taken for the concept of its caption? A small network that was trained across drawing styles.
 
 tools/train_judge.py trains it on emoji stills: two drawings of one concept in two styles attract each other (InfoNCE,
-van den Oord et al. 2018). A concept's place is the mean embedding of its Noto and Twemoji drawings, so a sticker in
-Fluent's style is judged by drawings of other hands, whether its concept was trained on or not."""
+van den Oord et al. 2018). A concept's place is the mean embedding of its drawings by some hands, in the shipped file
+Noto and Twemoji, so a sticker in Fluent's style is judged by other hands, whether its concept was trained on or not."""
 from pathlib import Path
 
 import numpy as np
