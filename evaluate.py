@@ -118,8 +118,9 @@ class Run:
             raise UserError(f"--run {path}: no model.safetensors there; `python train.py --out {path}` trains one")
         trained = {} if shared else read_json(path / "config.json").get("train", {})
         self.args = args
-        args.data = args.data or trained.get("data", ["data/fluent"])[0]
-        args.groups = args.groups or trained.get("groups") or None
+        if not args.data:
+            groups = args.groups or trained.get("groups") or None
+            args.data, args.groups = trained.get("data", ["data/fluent"])[0], groups
         self.sampler = Sampler(self.model, args.vae, clip_weights=args.clip_weights)
         self.sha256, self.vae_sha256 = identity(self.model), identity(self.sampler.vae_file)
         self.folder = Path("out") / f"{path.stem}-{self.sha256[:8]}" if shared else path     # of names there are twins

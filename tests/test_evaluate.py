@@ -294,11 +294,13 @@ def test_what_a_run_was_trained_on_is_what_it_is_measured_on(world, tmp_path):
     folder.mkdir()
     (folder / "model.safetensors").symlink_to(world[1] / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(dict(train=dict(data=[str(world[0])], groups=["star", "circle"]))))
-    for more, groups in (([], {"star", "circle"}), (["--groups", "square"], {"square"})):
+    stickers = data.StickerSet(world[0])
+    for more, groups in (([], {"star", "circle"}), (["--groups", "square"], {"square"}),
+                         (["--data", str(world[0])], set(stickers.meta["groups"]))):
         args = evaluate.parse(["--run", str(folder), "--split", "train", *more])
         evaluate.Run(folder, args)
         test = evaluate.EvalSet(args)
-        assert {r["group"] for r in data.StickerSet(world[0]).records if r["file"] in test.files} == groups
+        assert {r["group"] for r in stickers.records if r["file"] in test.files} == groups
 
 
 def test_sets_that_cannot_be_measured(world, tmp_path, capsys):

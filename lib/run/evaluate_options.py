@@ -18,7 +18,7 @@ def parse_options(doc, tasks, numbers, argv=None):
     add("--rows", nargs="+", default=[], metavar="NAME=PATTERN", help="of --table: run folders, one for each seed")
     add("--data", help="prepared set; default: that of the run, or of the first of --rows")
     add("--split", choices=("train", "val", "test"), default="test", help="default: %(default)s")
-    add("--groups", nargs="+", help="emoji groups to evaluate on; default: the run's, or all")
+    add("--groups", nargs="+", help="emoji groups to evaluate on; default: the run's, of another --data all")
     add("--tasks", nargs="+", choices=tasks, default=list(tasks), help="default: all six")
     add("--n", type=int, default=256, help="concepts, one clip each, or as many as there are (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
