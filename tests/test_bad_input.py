@@ -60,7 +60,7 @@ CASES = [                                        # (command, input, message)
             "--set dfgn.colour=1", "--set dfgn.layers=two", "--set vae.size=17"),
     (TRAIN, "--tasks t2v fly", "--tasks fly: choose from t2v"),
     *values(TRAIN, "--lr -0.5", "--lr nan", "--lr inf", "--warmup -1", "--grad-clip -0.5", "--ema 1.5",
-            "--seed 99999999999", "--text-noise -1", "--text-noise nan"),
+            "--seed 99999999999", "--text-noise -0.5", "--text-noise nan"),
     (TRAIN, "--text-drop 0.9 --cond-drop 0.9", "--text-drop, --cond-drop and --both-drop: more than 1"),
     (TRAIN, "--out {r}/stickers", "--out .*stickers: holds other files .captions.jsonl"),
     (TRAIN, "--out {r}/blank.txt", "blank.txt: a file is in the way"),

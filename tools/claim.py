@@ -28,6 +28,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -40,13 +41,13 @@ from lib.run.files import UserError, read_json, run_cli  # noqa: E402
 from lib.run.options import check_least  # noqa: E402
 from model import PRESETS  # noqa: E402
 from tools.held_out import HeldOut, best_of  # noqa: E402
-from train import TrainConfig  # noqa: E402
 
 TASKS_OF = {"1": ["it2v"], "2": ["interpolation", "prediction_forward", "prediction_backward"]}
 BASES = {"tiny": "tiny-base", "mini": "base", "paper": "paper-base"}
 TUNED = {"full fine-tuning": "full", "I2V-Adapter": "i2v_adapter", "SimDA": "simda",
          "Customize-A-Video, T": "customize_a_video", "Customize-A-Video, S + T": "customize_a_video_st",
          "SimDA, dual masks, curriculum": "simda"}
+MASKED = SimpleNamespace(lengths="step", still_share=0.5)   # of rows with our masks, stills and curriculum
 STILL = ["--set", "dfgn.temporal=still"]         # a base of single frames
 SHOWN = "whole", "clips", "frames", "stills"     # of a run's log
 MORE_RATES = 3                                   # by which a grid of learning rates may grow
@@ -85,7 +86,7 @@ def has_masks(row):
 
 def steps_with(whole, seed, T):
     """Steps of a run with our masks, of which `whole` are on clips of all T frames."""
-    config, step = TrainConfig(seed=seed), 0
+    config, step = SimpleNamespace(seed=seed, **vars(MASKED)), 0
     while whole:
         whole -= draw_frames(config, step, T) == (T, 1)
         step += 1
@@ -106,7 +107,8 @@ class Claim:
         """Options of train.py for a row, without learning rate, seed and steps."""
         masks = has_masks(row)
         whole = ["--tasks", *self.tasks, "--lengths", "full", "--curriculum", "none", "--still-share", "0"]
-        options, larger = [*self.common, *self.target, *([] if masks else whole)], BASES[self.args.preset]
+        ours = ["--lengths", MASKED.lengths, "--still-share", MASKED.still_share]
+        options, larger = [*self.common, *self.target, *(ours if masks else whole)], BASES[self.args.preset]
         if row in TUNED:
             stills = TUNED[row] == "simda"
             base = self.still_base if stills else self.base
