@@ -204,7 +204,7 @@ def feed(folder):
         record = stickers.records[int(order[i % len(order)])]
         return to_tensor(stickers.clip(record, even_frames(record["n"], 8)))
     decoding = rate(lambda i: read_animation(sources[i % len(sources)], 8, stickers.size))
-    frames, cached = rate(prepared), rate(lambda i: clips[i, 0, 8])
+    frames, cached = rate(prepared), rate(lambda i: clips[i, 0, 8, i])
     print(f"decoding WebP on the fly {decoding:.1f} clips/s, prepared frames {frames:.1f}, latent cache {cached:.1f}: "
           f"{cached / decoding:.1f} times as many as decoding")
 
