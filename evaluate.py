@@ -30,7 +30,7 @@ from lib.metrics.distances import by_clips, differences, on_white, paired_interv
 from lib.metrics.extractors import extractors, features_of
 from lib.metrics.judge import same_sticker
 from lib.metrics.scores import DISTANCES, DISTANT, compare_distances, distances, mean_of
-from lib.metrics.standins import looped, z0_errors
+from lib.metrics.standins import TIMESTEPS, denoising_loss, looped, timesteps_of, z0_errors
 from lib.nets.cpu import keep_memory
 from lib.nets.layers import nearest_given
 from lib.nets.weights import identity
@@ -41,7 +41,6 @@ from sample import SETTINGS, Sampler
 
 ROOT = Path(__file__).parent
 PAPER = json.loads((ROOT / "assets/paper_tables.json").read_text())
-TIMESTEPS = 100, 300, 500, 700, 900, 999         # of errors in one step, of 1,000; the last is pure noise
 SAMPLING_CODE = ("data.py", "model.py", "sample.py", "lib/media/pictures.py", "lib/nets/autoencoder.py",
                  "lib/nets/cpu.py", "lib/nets/layers.py", "lib/nets/text.py", "lib/nets/towers.py", "lib/nets/peft.py")
 TABLES = {  # the paper's numbers of each task; Table 2 has one number for both predictions
@@ -148,17 +147,13 @@ class Run:
         return self.cached(task, task, test, test.clips.shape[1:], np.uint8, self.args.batch, make,
                            vae=self.vae_sha256, **settings)
 
-    def timesteps(self):
-        """TIMESTEPS of the model's schedule."""
-        steps = self.sampler.config.diffusion.steps
-        return [*(t * steps // 1000 for t in TIMESTEPS[:-1]), steps - 1]
-
     def errors(self, task, test, text=True):
         """(N, timesteps, T) squared errors of latents predicted in one step, with the captions or without."""
         prompts, mask = test.prompts(task) if text else [""] * len(test.files), eval_mask(task, test.T, test.T)
 
         def make(_):
-            return z0_errors(self.sampler, test.clips, prompts, mask, self.args.seed, self.args.batch, self.timesteps())
+            return z0_errors(self.sampler, test.clips, prompts, mask, self.args.seed, self.args.batch,
+                             timesteps_of(self.sampler))
         return self.cached(f"errors-{task}", task, test, (len(TIMESTEPS), test.T), np.float32, len(test.files), make,
                            by=file_hash(ROOT / "lib/metrics/standins.py"), text=text)
 
@@ -257,7 +252,8 @@ def predictions_of(run, test, task, latents):
     ratios = {"over copying": (with_text[:, -1], found["copy"]), "over blending": (with_text[:, -1], found["blend"]),
               "no caption, over copying": (without[:, -1], found["copy"]),
               "caption over none": (with_text[:, -1], without[:, -1])}
-    at = {t: paired_interval(ratio, with_text[:, i], t2v[:, i], seed=seed) for i, t in enumerate(run.timesteps())}
+    at = {t: paired_interval(ratio, with_text[:, i], t2v[:, i], seed=seed)
+          for i, t in enumerate(timesteps_of(run.sampler))}
     return {**{name: mean_of(errors, seed) for name, errors in found.items()}, "over t2v": at,
             **{name: paired_interval(ratio, *pair, seed=seed) for name, pair in ratios.items()}}
 
@@ -272,8 +268,7 @@ def measure_task(run, test, task, decoded, latents):
     features = {name: test.features(folder, x, mask, *([DISTANT] if name != "model" else []))
                 for name, x in shown.items()}
     errors = run.errors(task, test)[:, :, mask == 0].mean(2)
-    weights = run.sampler.net.diffusion.z0_weight(torch.tensor(run.timesteps()[:-1])).cpu().numpy()
-    scores = {"loss": (errors[:, :-1] * weights).mean(1), "prediction error": errors[:, -1],
+    scores = {"loss": denoising_loss(run.sampler, errors), "prediction error": errors[:, -1],
               **test.scores(features["model"], task)}
     same = {name: test.same_sticker(folder, x, mask) for name, x in (("model", white), ("real", test.white))}
     if same["model"] is not None:

@@ -232,8 +232,7 @@ def test_the_curriculum_sees_clips_alone(dfgn_argv, tmp_path, monkeypatch):
     assert line["entropy_all"] == pytest.approx(1 - clips / 4 * (1 - data.unknown_share("interpolation")), abs=1e-6)
 
 
-def test_frames_that_are_padding_in_all_clips_are_left_out(dfgn_argv, tiny_dfgn, tmp_path):
-    """The rest of a step is as it was: conditions are drawn for the whole length."""
+def test_frames_that_are_padding_in_all_clips_are_left_out(tiny_dfgn):
     lengths = set()
     trained = read_config(tiny_dfgn)["train"]
     stage = make_stage(TrainConfig(**dict(trained, lengths="sample", still_share=0.1, steps=40)))

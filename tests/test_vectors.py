@@ -109,5 +109,5 @@ def test_a_set_of_vectors(hands, tmp_path, capsys):
     found = data.StickerSet(out)
     assert found.size == 128 and found.meta["licences"] == ["OpenMoji: CC-BY-SA-4.0"]
     assert {r["n"] for r in found.records} == {8} and {r["style"] for r in found.records} == {"openmoji"}
-    with pytest.raises(UserError, match="noto/1f525.*cannot be drawn|cannot be drawn"):
+    with pytest.raises(UserError, match="cannot be drawn"):
         data.main(["emoji", "--styles", "noto", "--size", "128", "--out", str(tmp_path / "bad"), "--workers", "1"])

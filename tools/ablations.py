@@ -11,7 +11,6 @@ so is, for each run, the best of four checkpoints. All that is reported is of th
 where it was stopped; what is done is kept.
 """
 import argparse
-import functools
 import itertools
 import sys
 from pathlib import Path
@@ -20,13 +19,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.metrics.distances import bootstrap_difference  # noqa: E402
+from lib.metrics.distances import differences, scores_by_clips  # noqa: E402
 from lib.metrics.tables import markdown, over_seeds, with_interval  # noqa: E402
 from lib.run import launch  # noqa: E402
 from lib.run.files import UserError, run_cli, write_json  # noqa: E402
 from lib.run.options import check_least  # noqa: E402
 from sample import Sampler  # noqa: E402
-from tools.held_out import HeldOut, best_of  # noqa: E402
+from tools.held_out import HeldOut, best_of, choose_rates  # noqa: E402
 
 MASKED = ["--lengths", "sample", "--shortest", "2"]      # clips of any length, padded and masked
 ARMS = {"A": ["--lengths", "full", "--shortest", "8", "--tasks", "it2v", "--curriculum", "none"],
@@ -49,10 +48,11 @@ class Ablations:
         self.val, self.test = (HeldOut(args.data, split, args.n) for split in ("val", "test"))
 
     def train(self, folder, arm, steps, *more):
-        a, sets = self.args, ["--set", *self.args.set, *SETS.get(arm, [])]
+        a = self.args
         return launch.train(folder, "--data", a.data, "--vae", a.vae, "--preset", a.preset, "--batch", a.batch,
                             "--still-share", a.still_share, "--precision", a.precision, "--steps", steps,
-                            "--keep-every", steps // CHECKPOINTS, *ARMS[arm], *more, *(sets if sets[1:] else []))
+                            "--keep-every", steps // CHECKPOINTS, *ARMS[arm], *more,
+                            "--set", *a.set, *SETS.get(arm, []))
 
     def trial(self, arm, lr):
         """Loss on val of a short run."""
@@ -62,13 +62,7 @@ class Ablations:
 
     def choose_rates(self):
         """{arm: the one of --lrs whose trial has the lowest loss on val}."""
-        lrs, pairs = self.args.lrs, list(itertools.product(self.args.arms, self.args.lrs))
-        losses = dict(zip(pairs, launch.several(self.trial, pairs, self.args.jobs))) if len(lrs) > 1 else {}
-        rates = {arm: min(lrs, key=lambda lr: losses.get((arm, lr), 0)) for arm in self.args.arms}  # noqa: B023
-        for arm in rates if losses else ():
-            said = ", ".join(f"{lr:g}: {losses[arm, lr]:.4f}" for lr in lrs)
-            print(f"{arm}: --lr {rates[arm]:g} ({said})", flush=True)
-        return rates
+        return choose_rates(self.trial, self.args.arms, self.args.lrs, self.args.jobs)
 
     def one(self, arm, seed, lr):
         """A run: dict(best step, curve {step: {metric: (N,)}}, found {metric: (N,)}, core-seconds, what it saw)."""
@@ -98,17 +92,15 @@ class Ablations:
 
 
 # ---- numbers
-def difference(ours, theirs, n):
-    """ours - theirs, two lists of (N,) of runs, paired over concepts and seeds."""
-    def functions(runs):
-        return [functools.partial(lambda rows, values: values[rows].mean(-1), values=values) for values in runs]
-    return bootstrap_difference(functions(theirs), functions(ours), n)
+def difference(a, b, n, runs_of):
+    """{metric: value, interval} of arm a less arm b, paired. runs_of(arm): {metric: (N,)} of each of its runs."""
+    return differences({arm: list(map(scores_by_clips, runs_of(arm))) for arm in (b, a)}, n, 0)[f"{a} - {b}"]
 
 
 def summary(runs, n, copying):
     """{arms, differences, curves} as JSON has them. runs: {arm: what Ablations.one made of each seed}. copying: error
     of copied frames."""
-    arms, differences, curves = {}, {}, {}
+    arms, changes, curves = {}, {}, {}
     for arm, mine in runs.items():
         values = {metric: [float(run["found"][metric].mean()) for run in mine] for metric in METRICS}
         arms[arm] = dict(lr=mine[0]["lr"], best=[run["best"] for run in mine], values=values,
@@ -117,12 +109,11 @@ def summary(runs, n, copying):
                        for step in mine[0]["curve"]}
     for a, b in PAIRS:
         if a in runs and b in runs:
-            found = {metric: difference(*([run["found"][metric] for run in runs[arm]] for arm in (a, b)), n)
-                     for metric in METRICS}
-            at = {step: {metric: difference(*([run["curve"][step][metric] for run in runs[arm]] for arm in (a, b)), n)
-                         for metric in CURVES} for step in curves[a]}
-            differences[f"{a} - {b}"] = dict(best=found, at=at)
-    return dict(arms=arms, differences=differences, curves=curves, copying=copying)
+            at = {step: difference(a, b, n, lambda arm: [run["curve"][step] for run in runs[arm]])  # noqa: B023
+                  for step in curves[a]}
+            best = difference(a, b, n, lambda arm: [run["found"] for run in runs[arm]])             # noqa: B023
+            changes[f"{a} - {b}"] = dict(best=best, at=at)
+    return dict(arms=arms, differences=changes, curves=curves, copying=copying)
 
 
 def tables(report):

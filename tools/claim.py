@@ -40,7 +40,7 @@ from lib.run import launch  # noqa: E402
 from lib.run.files import UserError, read_json, run_cli  # noqa: E402
 from lib.run.options import check_least  # noqa: E402
 from model import PRESETS  # noqa: E402
-from tools.held_out import HeldOut, best_of  # noqa: E402
+from tools.held_out import HeldOut, best_of, choose_rates  # noqa: E402
 
 TASKS_OF = {"1": ["it2v"], "2": ["interpolation", "prediction_forward", "prediction_backward"]}
 BASES = {"tiny": "tiny-base", "mini": "base", "paper": "paper-base"}
@@ -179,23 +179,7 @@ class Claim:
 
     def choose_rates(self, rows):
         """{row: the learning rate whose trial has the lowest loss}: of --lrs, or beyond them where that is an end."""
-        ratio, losses = max(self.args.lrs[1:2] or [1]) / self.args.lrs[0], {}
-        grids = {row: list(self.args.lrs) for row in rows}
-        if len(self.args.lrs) == 1:
-            return dict.fromkeys(rows, self.args.lrs[0])
-        for _ in range(1 + MORE_RATES):
-            pairs = [(row, lr) for row, lrs in grids.items() for lr in lrs if (row, lr) not in losses]
-            losses.update(zip(pairs, launch.several(self.trial, pairs, self.args.jobs)))
-            rates = {row: min(lrs, key=lambda lr: losses[row, lr]) for row, lrs in grids.items()}  # noqa: B023
-            for row, lrs in grids.items():
-                if rates[row] == lrs[0]:
-                    lrs.insert(0, float(f"{lrs[0] / ratio:.1g}"))
-                elif rates[row] == lrs[-1]:
-                    lrs.append(float(f"{lrs[-1] * ratio:.1g}"))
-        for row, lrs in grids.items():
-            said = ", ".join(f"{lr:g}: {losses[row, lr]:.4f}" for lr in lrs if (row, lr) in losses)
-            print(f"{row}: --lr {rates[row]:g} ({said})", flush=True)
-        return rates
+        return choose_rates(self.trial, rows, self.args.lrs, self.args.jobs, MORE_RATES)
 
     def train_rows(self):
         """{row: run folders, one for each seed}."""

@@ -3,9 +3,10 @@ import numpy as np
 import torch
 
 from data import StickerSet, eval_mask
-from evaluate import TIMESTEPS, filled, pick, read_clips
-from lib.metrics.standins import z0_errors
+from evaluate import filled, pick, read_clips
+from lib.metrics.standins import denoising_loss, timesteps_of, z0_errors
 from lib.nets.weights import identity
+from lib.run import launch
 from lib.run.files import UserError, json_hash, read_json, write_json
 from sample import Sampler
 
@@ -33,12 +34,10 @@ class HeldOut:
 
     def errors(self, sampler, task, text=True):
         """(2, N) of frames that are not given: denoising loss, mean of timesteps, and error in one step from noise."""
-        mask, steps = eval_mask(task, T, T), sampler.config.diffusion.steps
+        mask, at = eval_mask(task, T, T), timesteps_of(sampler)
         captions = self.captions if text and task != "i2v" else [""] * len(self.clips)
-        at = [*(t * steps // 1000 for t in TIMESTEPS[:-1]), steps - 1]
         found = z0_errors(sampler, self.clips, captions, mask, self.seed, BATCH, at)[:, :, mask == 0].mean(2)
-        weights = sampler.net.diffusion.z0_weight(torch.tensor(at[:-1])).cpu().numpy()
-        return np.stack([(found[:, :-1] * weights).mean(1), found[:, -1]])
+        return np.stack([denoising_loss(sampler, found), found[:, -1]])
 
     def measure(self, model, *names):
         """{name: errors} of a model.safetensors; names: of tasks, or "it2v, no text". They are kept beside it."""
@@ -60,3 +59,24 @@ class HeldOut:
 def best_of(models, val, *names):
     """The key of {step: model} whose loss on val, mean of these tasks, is lowest."""
     return min(models, key=lambda step: val.loss(models[step], *names))
+
+
+def choose_rates(trial, rows, lrs, jobs, more=0):
+    """{row: the learning rate at which trial(row, lr) is lowest}, which is said; of one alone nothing is tried.
+
+    lrs: increasing. more: how often a row's grid grows by the ratio of its first two where its best is an end."""
+    if len(lrs) == 1:
+        return dict.fromkeys(rows, lrs[0])
+    grids, losses, ratio = {row: list(lrs) for row in rows}, {}, lrs[1] / lrs[0]
+    for left in range(more, -1, -1):
+        pairs = [(row, lr) for row, grid in grids.items() for lr in grid if (row, lr) not in losses]
+        losses.update(zip(pairs, launch.several(trial, pairs, jobs)))
+        rates = {row: min(grid, key=lambda lr: losses[row, lr]) for row, grid in grids.items()}  # noqa: B023
+        for row, grid in grids.items() if left else ():
+            if rates[row] == grid[0]:
+                grid.insert(0, float(f"{grid[0] / ratio:.1g}"))
+            elif rates[row] == grid[-1]:
+                grid.append(float(f"{grid[-1] * ratio:.1g}"))
+    for row, grid in grids.items():
+        print(f"{row}: --lr {rates[row]:g} ({', '.join(f'{lr:g}: {losses[row, lr]:.4f}' for lr in grid)})", flush=True)
+    return rates

@@ -178,15 +178,14 @@ def write_shard(part, size, most, read, describe, number, jobs):
 def decode(job, size, most, room):
     """Job -> index record without `first`, frames (n, size, size, 4). UserError: the reason why it is skipped."""
     check_job(job)
-    moved = "motion" in job and STILL_MOTIONS[job["motion"]]
-    source = drawn(job["icon"], size, moved or None) if "icon" in job else job["source"]
+    source = drawn(job["icon"], size, STILL_MOTIONS.get(job.get("motion"))) if "icon" in job else job["source"]
     keep = job.get("keep", ())
     if isinstance(source, tuple):                # frames and durations, drawn in the worker
         kept = thin(len(source[0]), most)
         frames, durations = square(source[0][kept], size), durations_of_kept(source[1], kept)
     else:
         frames, durations, kept = decode_frames(source, job["file"], most, size, keep, room)
-    if moved and "icon" not in job:
+    if "motion" in job and "icon" not in job:    # whose frames are drawn as they move
         frames = move(frames[0], job["motion"])
         durations = [100] * len(frames)
     record = {name: job[name] for name in ("file", "caption", "keywords", "concept", "group")}

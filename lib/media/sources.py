@@ -52,6 +52,8 @@ STILLS = {  # style: npm package, pictures in it; all are in the licences below
 LICENCES = {"fluent": "Fluent Emoji, Microsoft: MIT", "noto": "Noto Emoji, Google: Apache-2.0",
             "twemoji": "Twemoji, Twitter, Inc and other contributors: CC-BY-4.0", **OF_HANDS}
 
+STYLES = list(dict.fromkeys([*STILLS, *HANDS]))
+
 
 # ---- concepts and splits
 SYNONYMS = {"merman": "merperson", "mermaid": "merperson", "prince": "with crown", "princess": "with crown",
@@ -221,7 +223,7 @@ def emoji_jobs(hold_out, downloads, moving=False, styles=tuple(STILLS), size=64)
             icons = read_hand(archives[style])
             for points, label in emoji.items():
                 if icon := icons.get(name_key(label["caption"])):
-                    yield points, points, dict(icon=icon, source=None)
+                    yield points, points, dict(icon=icon)
             return
         left = set(common)                       # some of Fluent's are there twice, with and without fe0f
         for stem, content in tar_stickers(*packages[style]):
@@ -446,7 +448,7 @@ def long_tail_job(folder, row):
     index = read_index(folder)
     record = index[row]
     most = kept_frames(record["concept"]) if record["split"] == "train" else record["n"]
-    kept = even_frames(record["n"], most) if most < record["n"] else range(record["n"])
+    kept = even_frames(record["n"], most)
     whole = len(kept) == record["n"]
     source = index.frames[[record["first"] + i for i in kept]], durations_of_kept(record["durations"], kept)
     return dict({name: record[name] for name in ("file", "caption", "keywords", "concept", "group", "split", "style")
@@ -461,8 +463,7 @@ def source_of(o):
         return (f"fluent {' '.join(map(str, parts))}", lambda: fluent_jobs(parts, Path(o.out).parent / "npm"),
                 dict(licences=[LICENCES["fluent"]]))
     if o.command == "emoji":
-        styles = [style for style in (*STILLS, *HANDS) if style in o.styles]
-        styles = list(dict.fromkeys(styles))
+        styles = [style for style in STYLES if style in o.styles]
         jobs = functools.partial(emoji_jobs, o.hold_out, Path(o.out).parent / "npm", o.moving, styles, o.size)
         some = " " + " ".join(styles) if styles != list(STILLS) else ""
         name = f"emoji{some}, held out: {o.hold_out}" + (", moving" if o.moving else "")

@@ -101,20 +101,22 @@ def bootstrap_difference(first, other, n, draws=DRAWS, seed=0):
     return dict(value=value, interval=(float(value + low - middle), float(value + high - middle)))
 
 
+def scores_by_clips(scores):
+    """{metric: values of the clips (N,)} -> {metric: function of numbers of clips (..., n), the mean of those}."""
+    def mean(rows, values):                      # Recog@1 has none for concepts that the judge lacks, in no run
+        known = rows < len(values)
+        return (values[rows * known] * known).sum(-1) / np.maximum(known.sum(-1), 1)
+    return {name: functools.partial(mean, values=values) for name, values in scores.items()}
+
+
 def by_clips(task, pairs):
     """{metric: function of numbers of clips (..., n)} of a task of an evaluation, for `differences`.
 
     pairs: {metric: (distance, features of the real clips, of the others)}."""
-    clips = {name: np.array(score["clips"]) for name, score in task["scores"].items()}
-
-    def mean(rows, values):                      # Recog@1 has none for concepts that the judge lacks, in no run
-        known = rows < len(values)
-        return (values[rows * known] * known).sum(-1) / np.maximum(known.sum(-1), 1)
-
     def distance(rows, pair):
         function, real, other = pair
         return function(real[rows].astype(float), other[rows].astype(float))
-    return {**{name: functools.partial(mean, values=values) for name, values in clips.items()},
+    return {**scores_by_clips({name: np.array(score["clips"]) for name, score in task["scores"].items()}),
             **{name: functools.partial(distance, pair=pair) for name, pair in pairs.items()}}
 
 

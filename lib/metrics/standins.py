@@ -10,6 +10,7 @@ from lib.metrics.distances import fd, to_signed
 
 SEED = 1                                         # of the first seeds, it has the fewest nearly silent channels
 APPEARANCE, MOTION = 128, 256                    # features
+TIMESTEPS = 100, 300, 500, 700, 900, 999         # of errors in one step, of 1,000; the last is pure noise
 
 
 class RandomFeatures(nn.Module):
@@ -116,3 +117,15 @@ def z0_errors(sampler, clips, captions, mask, seed, batch, timesteps):
             found.append(((predicted - z0) ** 2).mean((2, 3, 4)).cpu())               # (b, T)
         errors.append(torch.stack(found, 1))
     return torch.cat(errors).numpy()
+
+
+def timesteps_of(sampler):
+    """TIMESTEPS of a model's schedule."""
+    steps = sampler.config.diffusion.steps
+    return [*(t * steps // 1000 for t in TIMESTEPS[:-1]), steps - 1]
+
+
+def denoising_loss(sampler, errors):
+    """(N, TIMESTEPS) errors of predicted latents -> (N,): weighted as in training, mean of all but pure noise."""
+    weights = sampler.net.diffusion.z0_weight(torch.tensor(timesteps_of(sampler)[:-1])).cpu().numpy()
+    return (errors[:, :-1] * weights).mean(1)

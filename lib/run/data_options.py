@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lib.media import sources
 from lib.media.pictures import MAX_DECODED, MAX_FRAMES
-from lib.media.vectors import HANDS, JUDGING
+from lib.media.vectors import JUDGING
 from lib.run.files import UserError
 from lib.run.options import check_least, check_most
 
@@ -19,8 +19,7 @@ def parse_options(doc, argv=None):
     add["fluent"]("--parts", type=int, nargs="+", choices=parts, default=parts, help="which packages")
     add["emoji"]("--hold-out", choices=("fluent", "all"), default="fluent", help="styles whose drawings of held-out "
                  "concepts are not trained on (default: %(default)s)")
-    styles = list(dict.fromkeys([*sources.STILLS, *HANDS]))
-    add["emoji"]("--styles", nargs="+", choices=styles, default=list(sources.STILLS),
+    add["emoji"]("--styles", nargs="+", choices=sources.STYLES, default=list(sources.STILLS),
                  help=f"for measuring alone: {', '.join(JUDGING)} (default: {' '.join(sources.STILLS)})")
     add["emoji"]("--moving", action="store_true", help="move each still by a motion that its caption names")
     add["vsd2m"]("manifest")
