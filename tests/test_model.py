@@ -90,7 +90,8 @@ def test_stable_diffusions_vae_gives_the_values_of_a_public_implementation(sd_va
 def test_presets_and_changes_of_them():
     for config in PRESETS.values():
         assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    changed = model.preset("tiny", ["dfgn.widths=8,16", "diffusion.prediction=v", "dfgn.pool_text=false"])
+    changed = model.preset("tiny", ["dfgn.widths=8,16,32", "dfgn.widths=8,16", "diffusion.prediction=v",
+                                    "dfgn.pool_text=false"])
     assert changed.dfgn.widths == (8, 16) and changed.diffusion.prediction == "v" and not changed.dfgn.pool_text
     refused = {"dfgn.width=3": "no field", "vae.size=20": "not a multiple", "dfgn.channels=8": "must be equal",
                "dfgn.layers=two": "is not a int", "dfgn.temporal=x": "not go together", "text.kind=big": "big",

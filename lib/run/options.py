@@ -98,7 +98,7 @@ def apply_changes(config, changes):
             check_value(name, value, old)
         except ValueError:
             raise UserError(f"--set {change}: {text!r} is not a {type(old).__name__}") from None
-        config[part][key] = value
+        config[part][key] = tuple(value) if isinstance(old, tuple) else value
     return config
 
 
