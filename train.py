@@ -81,6 +81,7 @@ class TrainConfig:
     compile: bool = False                 # torch.compile the network: minutes at the start, faster steps on a GPU
     lr: float = 1e-3                      # peak learning rate
     embedding_lr: float = 10.0            # text.kind=small: learning rate of the token embeddings, times --lr
+    text_lr: float = 1.0                  # learning rate of the text encoder, times --lr; a large --lr may empty it
     lr_schedule: str = "cosine"           # cosine (to zero), constant
     warmup: int = 100                     # steps of linear warm-up
     weight_decay: float = 0.01            # AdamW
@@ -237,6 +238,12 @@ def learning_rate(c, step):
     return c.lr * ramp * (0.5 * (1 + math.cos(math.pi * step / c.steps)) if c.lr_schedule == "cosine" else 1.0)
 
 
+def own_rates(net, c):
+    """{name: learning rate / --lr} of the parameters whose rate is their own."""
+    return {**{name: c.text_lr for name, _ in net.named_parameters() if name.startswith("text.")},
+            "text.token.weight": c.embedding_lr}
+
+
 def backward(net, batch, c, precision, device):
     """Losses (b,) of this rank's samples, whose gradients are in the network's parameters."""
     parts, losses = loop.micro_batches(batch, c.accumulate), []
@@ -281,7 +288,7 @@ def train(config, stack, after_backward=None):
     net = stage.network(fresh)
     facts["precision"] = precision = loop.pick_precision(facts["precision"], net, stage)
     optimizer = loop.make_optimizer(net, config.lr, config.weight_decay, config.zero and world > 1,
-                                    {"text.token.weight": config.embedding_lr})
+                                    own_rates(net, config))
     ema = loop.EMA(net, config.ema, config.ema_device == "cpu") if rank == 0 else None  # who alone writes them
     curriculum, parts = stage.curriculum, dict(net=net, optimizer=optimizer, ema=ema, curriculum=stage.curriculum)
     run = Run(folder, config, stage, {name: part for name, part in parts.items() if part is not None},

@@ -131,6 +131,16 @@ def test_averaged_weights_after_one_step(dfgn_argv, stickers16, tmp_path):
     assert max((w - start[name]).abs().max() for name, w in state["net"].items()) > 1e-5
 
 
+def test_the_text_encoder_and_its_tokens_have_rates_of_their_own(dfgn_argv, stickers16, tmp_path):
+    torch.manual_seed(0)
+    words = len(data.vocabulary(data.StickerSet(stickers16, "train").records))
+    start = RDTF(preset("tiny", [f"text.vocab={words}"])).state_dict()
+    run_train(*options(dfgn_argv, steps=3, out=tmp_path / "run", warmup=0, text_lr=0, embedding_lr=1))
+    net, token = state_of(tmp_path / "run")["net"], "text.token.weight"
+    moved = {name for name in start if name != "text.vocabulary" and not torch.equal(net[name], start[name])}
+    assert {name for name in moved if name.startswith("text.")} == {token} and len(moved) > 100
+
+
 # ---- memory and speed
 def test_micro_batches_checkpointing_and_compiling_change_no_number(dfgn_argv, tmp_path, monkeypatch):
     """Compiled by aot_eager: traced as ever, but run by torch's own kernels; inductor's take minutes to build."""

@@ -24,7 +24,7 @@ def check_options(c, **words):
             raise UserError(f"{flag(name)}, --cond-drop and --both-drop: more than 1 in all")
     check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, keep_every=0, shortest=0,
                 seed=0, workers=0, sample_every=0, warmup=0, rank=1, weight_decay=0, lr=1e-12, timestep_shift=1e-3,
-                embedding_lr=0, grad_clip=1e-12, text_noise=0)
+                embedding_lr=0, text_lr=0, grad_clip=1e-12, text_noise=0)
     check_most(c, seed=2 ** 32)
     if c.lengths != "sample" and 0 < c.shortest < 3:
         raise UserError(f"--shortest {c.shortest}: clips of fewer than 3 frames are padded, by --lengths sample")
