@@ -39,7 +39,7 @@ def scarce(tmp_path_factory):
 @pytest.fixture
 def argv(scarce, tiny_vae, tmp_path):
     return list(map(str, ["--data", scarce, "--vae", tiny_vae / "model.safetensors", "--preset", "tiny", "--steps", 8,
-                          "--trial-steps", 4, "--precision", "float32", "--still-share", 0.2,
+                          "--trial-steps", 4, "--still-share", 0.2,
                           "--out", tmp_path / "runs"]))
 
 
@@ -53,6 +53,7 @@ def test_arms_are_trained_chosen_and_compared(argv, tmp_path, capsys, monkeypatc
     for arm in "AB":
         config = json.loads((runs / f"{arm}-1/config.json").read_text())["train"]
         assert (config["tasks"], config["steps"], config["seed"]) == (["it2v"], 8, 1)
+        assert (config["text_lr"], config["precision"]) == (0.1, "float32")
         assert (config["lengths"], config["shortest"]) == (("full", 8) if arm == "A" else ("sample", 2))
         trials = {lr: Sampler(runs / f"trials/{arm}-{lr:g}/model.safetensors") for lr in (1e-3, 1e-1)}
         assert config["lr"] == min(trials, key=lambda lr: val.errors(trials[lr], "it2v")[0].mean())  # noqa: B023

@@ -50,8 +50,8 @@ class Ablations:
     def train(self, folder, arm, steps, *more):
         a = self.args
         return launch.train(folder, "--data", a.data, "--vae", a.vae, "--preset", a.preset, "--batch", a.batch,
-                            "--still-share", a.still_share, "--precision", a.precision, "--steps", steps,
-                            "--keep-every", steps // CHECKPOINTS, *ARMS[arm], *more,
+                            "--still-share", a.still_share, "--text-lr", a.text_lr, "--precision", a.precision,
+                            "--steps", steps, "--keep-every", steps // CHECKPOINTS, *ARMS[arm], *more,
                             "--set", *a.set, *SETS.get(arm, []))
 
     def trial(self, arm, lr):
@@ -174,9 +174,11 @@ def parse(argv=None):
     add("--batch", type=int, default=4, help="clips of a step (default: %(default)s)")
     add("--still-share", type=float, default=0.07, help="share of the steps on stills, 8 for a clip; 0.07 makes 0.38 "
         "of the samples stills, as many as the Fluent set has (default: %(default)s)")
-    add("--precision", default="auto", choices=("auto", "bf16", "float32"))
+    add("--precision", default="float32", choices=("bf16", "float32"), help="of all runs (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--lrs", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3], help="learning rates that each arm tries")
+    add("--lrs", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3], help="learning rates that each arm tries")
+    add("--text-lr", type=float, default=0.1, help="of the text encoder, times the learning rate: by the "
+        "whole of it all captions come to be read alike (default: %(default)s)")
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     add("--n", type=int, default=48, help="concepts of val and of test (default: %(default)s)")
     add("--jobs", type=int, default=1, help="trainings at a time, of one thread each where there is more than one")
