@@ -55,10 +55,11 @@ runs/demo/report.html: runs/demo/eval.md
 
 # ---- the paper's tables on the mini preset, three seeds of each row. Both go on where they were stopped.
 
-# Tables 1 and 2, on the concepts of four groups of emoji: hours of two cores.
+# Tables 1 and 2, half of the widths, on the concepts of four groups of emoji: hours of two cores.
 claim: data/fluent/meta.json data/source/meta.json
 	$(PY) tools/claim.py --groups smileys-emotion animals-nature travel-places food-drink --n 64 --jobs 2 \
-	    --vae checkpoints/mini-vae.safetensors --base-steps 2000 --steps 400
+	    --vae checkpoints/mini-vae.safetensors --base-steps 2000 --steps 400 \
+	    --set dfgn.widths=48,96 --base-set dfgn.widths=64,112
 
 # Tables 3 and 4, on training stickers of few frames: 5 arms and 3-D convolutions, half of the widths; about 4 hours.
 ablations: data/long-tail/meta.json

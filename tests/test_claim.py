@@ -14,6 +14,7 @@ from lib.media.pictures import write_animation
 from lib.media.prepare import prepare
 from lib.run import launch
 from lib.run.files import UserError
+from model import preset
 from tools import claim
 from tools.held_out import HeldOut
 from train import TrainConfig
@@ -36,8 +37,8 @@ def target(tmp_path_factory):
 @pytest.fixture
 def argv(target, stickers16, tiny_vae, tmp_path):
     options = ["--data", target, "--source", stickers16, "--vae", tiny_vae / "model.safetensors", "--preset", "tiny",
-               "--precision", "float32", "--steps", 4, "--base-steps", 4, "--batch", 1, "--base-batch", 2, "--n", 3,
-               "--seeds", 0, "--out", tmp_path / "claim"]
+               "--steps", 4, "--base-steps", 4, "--batch", 1, "--base-batch", 2, "--n", 3, "--seeds", 0,
+               "--out", tmp_path / "claim"]
     return list(map(str, options))
 
 
@@ -71,7 +72,7 @@ def test_every_row_is_trained_as_it_says(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(claim, "plot", lambda *_: None)
     seconds = {"base": 10, "rdtf": 10, "full-fine-tuning": 5}
     monkeypatch.setattr(claim, "core_seconds", lambda run: seconds.get(run.name) or seconds.get(run.parent.name, 0))
-    claim.main([*argv, "--lrs", "1e-3", "--tables", "2"])
+    claim.main([*argv, "--lrs", "1e-3", "--tables", "2", "--set", "dfgn.widths=8,16", "--base-set", "dfgn.widths=8,24"])
     table = measured.pop()
     assert len(measured) == len(claim.ROWS) - 1 and table[:2] == ("--table", "2")      # the untuned base's are there
     runs = {str(path.parent.relative_to(claimed)): json.loads(path.read_text())["train"]
@@ -81,7 +82,8 @@ def test_every_row_is_trained_as_it_says(argv, tmp_path, monkeypatch):
     assert runs.pop("gate/untrained")["lr"] == 1e-12
     assert len(runs) == len(claim.ROWS) - 1 + 2                          # the base is a row; two first stages
     assert base["tasks"] == ["t2v"] and base["data"] != runs["rdtf/seed-0"]["data"] and base["steps"] == 4
-    assert (stills["still_share"], stills["set"]) == (1, ["dfgn.temporal=still"])
+    assert (stills["still_share"], stills["set"]) == (1, ["dfgn.widths=8,24", "dfgn.temporal=still"])
+    assert base["set"] == ["dfgn.widths=8,24"]
     compared = ["it2v", "interpolation", "prediction_forward", "prediction_backward"]
     for place, options in runs.items():
         masks, first = place.startswith("rdtf") or "curriculum" in place, place.endswith("absorber")
@@ -90,6 +92,8 @@ def test_every_row_is_trained_as_it_says(argv, tmp_path, monkeypatch):
         assert options["still_share"] == (0.5 if masks else 1.0 if first else 0.0)
         assert bool(options["base"]) == (options["method"] != "rdtf")
         assert ("base-stills" in options["base"]) == place.startswith("simda") == ("still" in str(options["set"]))
+        large = options["base"] or "width" in place
+        assert preset("tiny", options["set"]).dfgn.widths == ((8, 24) if large else (8, 16))
         assert ("dfgn.ff_mult=2" in options["set"]) == ("width" in place)
         if place.split("/")[0] not in ("rdtf--equal-seconds", *LONGER) and not first:
             assert launch.shown(claimed / place)["whole"] == 4           # A: equal clips of 8 frames

@@ -39,7 +39,7 @@ from lib.metrics.tables import markdown  # noqa: E402
 from lib.run import launch  # noqa: E402
 from lib.run.files import UserError, read_json, run_cli  # noqa: E402
 from lib.run.options import check_least  # noqa: E402
-from model import PRESETS  # noqa: E402
+from model import PRESETS, preset  # noqa: E402
 from tools.held_out import HeldOut, best_of, choose_rates  # noqa: E402
 
 TASKS_OF = {"1": ["it2v"], "2": ["interpolation", "prediction_forward", "prediction_backward"]}
@@ -48,7 +48,7 @@ TUNED = {"full fine-tuning": "full", "I2V-Adapter": "i2v_adapter", "SimDA": "sim
          "Customize-A-Video, T": "customize_a_video", "Customize-A-Video, S + T": "customize_a_video_st",
          "SimDA, dual masks, curriculum": "simda"}
 MASKED = SimpleNamespace(lengths="step", still_share=0.5)   # of rows with our masks, stills and curriculum
-STILL = ["--set", "dfgn.temporal=still"]         # a base of single frames
+STILL = "dfgn.temporal=still"                    # a base of single frames
 SHOWN = "whole", "clips", "frames", "stills"     # of a run's log
 MORE_RATES = 3                                   # by which a grid of learning rates may grow
 UNTUNED, FULL = "base, untuned", "full fine-tuning"
@@ -113,10 +113,10 @@ class Claim:
             stills = TUNED[row] == "simda"
             base = self.still_base if stills else self.base
             return [*options, "--preset", larger, "--base", base / "model.safetensors", "--method", TUNED[row],
-                    *(STILL if stills else [])]
-        wide = PRESETS[larger].dfgn
-        width = ["--set", f"dfgn.widths={','.join(map(str, wide.widths))}", f"dfgn.ff_mult={wide.ff_mult}"]
-        return [*options, "--preset", self.args.preset, *(width if "width" in row else [])]
+                    "--set", *self.args.base_set, *([STILL] if stills else [])]
+        wide = preset(larger, self.args.base_set).dfgn
+        width = [f"dfgn.widths={','.join(map(str, wide.widths))}", f"dfgn.ff_mult={wide.ff_mult}"]
+        return [*options, "--preset", self.args.preset, "--set", *self.args.set, *(width if "width" in row else [])]
 
     def train_row(self, folder, row, steps, *more):
         """A run of a row."""
@@ -161,7 +161,7 @@ class Claim:
         """Print what the base must show before anything is claimed: it has converged, knows its source, LoRA reaches
         it there, and what it knows is of use on the target."""
         a = self.args
-        source = [*self.common, *self.source, "--preset", BASES[a.preset]]
+        source = [*self.common, *self.source, "--preset", BASES[a.preset], "--set", *a.base_set]
         tuned = train_two_stages(self.out / "gate/lora", a.steps, *source, "--base", self.base / "model.safetensors",
                                  "--method", "customize_a_video_st", "--still-share", 0, "--tasks", "t2v")
         untrained = launch.train(self.out / "gate/untrained", *source, "--lr", 1e-12, "--steps", 1)
@@ -215,8 +215,9 @@ class Claim:
     def train_bases(self):
         a = self.args
         options = [*self.common, *self.source, "--preset", BASES[a.preset], "--tasks", "t2v", "--batch", a.base_batch]
-        train(self.base, a.base_steps, *options, processes=a.jobs)
-        train(self.still_base, a.base_steps, *options, *STILL, "--still-share", 1, processes=a.jobs)
+        train(self.base, a.base_steps, *options, "--set", *a.base_set, processes=a.jobs)
+        train(self.still_base, a.base_steps, *options, "--still-share", 1, "--set", *a.base_set, STILL,
+              processes=a.jobs)
 
     def tables(self):
         a = self.args
@@ -276,11 +277,14 @@ def parse(argv=None):
     add("--groups", nargs="+", default=[], help="emoji groups of target and source; default: all")
     add("--vae", default="runs/vae/model.safetensors", help="VAE of all rows (default: %(default)s)")
     add("--preset", default="mini", choices=sorted(BASES), help="of RDTF (default: %(default)s)")
+    change = dict(nargs="+", default=[], metavar="PART.FIELD=VALUE")
+    add("--set", **change, help="changes to the preset, of what is trained from scratch")
+    add("--base-set", **change, help="changes to the preset of the bases")
     add("--steps", type=int, default=3000, help="steps of every row on the target (default: %(default)s)")
     add("--base-steps", type=int, default=20000, help="steps of the base on the source (default: %(default)s)")
     add("--batch", type=int, default=4, help="clips of a row's step (default: %(default)s)")
     add("--base-batch", type=int, default=16, help="clips of the base's step (default: %(default)s)")
-    add("--precision", default="auto", choices=("auto", "bf16", "float32"))
+    add("--precision", default="float32", choices=("bf16", "float32"), help="of all runs (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--lrs", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3], help="learning rates that each row tries")
     add("--tables", nargs="+", choices=sorted(TASKS_OF), default=sorted(TASKS_OF))
