@@ -61,7 +61,7 @@ claim: data/fluent/meta.json data/source/meta.json
 	    --vae checkpoints/mini-vae.safetensors --base-steps 2000 --steps 400 \
 	    --set dfgn.widths=48,96 --base-set dfgn.widths=64,112
 
-# Tables 3 and 4, on training stickers of few frames: 5 arms and 3-D convolutions, half of the widths; about 4 hours.
+# Tables 3 and 4, on training stickers of few frames: 5 arms and 3-D convolutions, half of the widths; 1.8 hours.
 ablations: data/long-tail/meta.json
 	$(PY) tools/ablations.py --set dfgn.widths=48,96 --steps 2000 --trial-steps 400 --jobs 2
 
