@@ -6,9 +6,9 @@
 Each arm adds one thing to the one before: A whole clips of 8 frames alone, it2v; B with the loss mask clips of any
 length, it2v; C with the condition mask all six tasks (the paper's DDU); D = C with the linear curriculum (LCL); E = C
 with the adaptive one (DCL); conv3d = C with 3-D convolutions in the place of STI. All have the same number of steps and
-of clips, and the same stills. Learning rates are chosen for each arm on the val split, by seed 0 and --trial-steps;
-so is, for each run, the best of four checkpoints. All that is reported is of the test split. The same command goes on
-where it was stopped; what is done is kept.
+of clips, and the same stills. On the val split each arm's learning rate is chosen, by seed 0 and --trial-steps, until
+the best is no end of the grid, and for each run the best of four checkpoints. All that is reported is of the test
+split. The same command goes on where it was stopped; what is done is kept.
 """
 import argparse
 import itertools
