@@ -81,7 +81,7 @@ class TrainConfig:
     compile: bool = False                 # torch.compile the network: minutes at the start, faster steps on a GPU
     lr: float = 1e-3                      # peak learning rate
     embedding_lr: float = 10.0            # text.kind=small: learning rate of the token embeddings, times --lr
-    text_lr: float = 1.0                  # learning rate of the text encoder, times --lr; a large --lr may empty it
+    text_lr: float = 1.0                  # of the text encoder, times --lr, which may empty it; not 1: no weight decay
     lr_schedule: str = "cosine"           # cosine (to zero), constant
     warmup: int = 100                     # steps of linear warm-up
     weight_decay: float = 0.01            # AdamW

@@ -39,8 +39,7 @@ def scarce(tmp_path_factory):
 @pytest.fixture
 def argv(scarce, tiny_vae, tmp_path):
     return list(map(str, ["--data", scarce, "--vae", tiny_vae / "model.safetensors", "--preset", "tiny", "--steps", 8,
-                          "--trial-steps", 4, "--still-share", 0.2,
-                          "--out", tmp_path / "runs"]))
+                          "--trial-steps", 4, "--still-share", 0.2, "--out", tmp_path / "runs"]))
 
 
 def test_arms_are_trained_chosen_and_compared(argv, tmp_path, capsys, monkeypatch):

@@ -60,6 +60,13 @@ def make_stage(config):
     return train.STAGES[config.stage](config, preset(config.preset, config.set), stickers, 0, 1, torch.device("cpu"))
 
 
+def initial_weights(folder):
+    """Of a run of the preset tiny on a set, with --seed 0."""
+    torch.manual_seed(0)
+    words = len(data.vocabulary(data.StickerSet(folder, "train").records))
+    return RDTF(preset("tiny", [f"text.vocab={words}"])).state_dict()
+
+
 def assert_same(a, b):
     """Equal to the last bit, all the way down."""
     torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -120,9 +127,7 @@ def test_a_finished_run_stays_as_it_is(tiny_dfgn, dfgn_argv, capsys):
 
 
 def test_averaged_weights_after_one_step(dfgn_argv, stickers16, tmp_path):
-    torch.manual_seed(0)                                              # of the initial weights, as --seed 0 says
-    words = len(data.vocabulary(data.StickerSet(stickers16, "train").records))
-    start = RDTF(preset("tiny", [f"text.vocab={words}"])).state_dict()
+    start = initial_weights(stickers16)
     run_train(*options(dfgn_argv, steps=1, out=tmp_path / "run", warmup=0))
     state = state_of(tmp_path / "run")
     del state["net"]["text.vocabulary"]
@@ -132,9 +137,7 @@ def test_averaged_weights_after_one_step(dfgn_argv, stickers16, tmp_path):
 
 
 def test_the_text_encoder_and_its_tokens_have_rates_of_their_own(dfgn_argv, stickers16, tmp_path):
-    torch.manual_seed(0)
-    words = len(data.vocabulary(data.StickerSet(stickers16, "train").records))
-    start = RDTF(preset("tiny", [f"text.vocab={words}"])).state_dict()
+    start = initial_weights(stickers16)
     run_train(*options(dfgn_argv, steps=3, out=tmp_path / "run", warmup=0, text_lr=0, embedding_lr=1))
     net, token = state_of(tmp_path / "run")["net"], "text.token.weight"
     moved = {name for name in start if name != "text.vocabulary" and not torch.equal(net[name], start[name])}

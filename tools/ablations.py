@@ -40,7 +40,6 @@ CURVES = "loss", "prediction error"                      # of it2v, at every che
 OTHERS = "it2v, no text", "t2v", "interpolation", "prediction_forward"   # loss, at the best one
 METRICS = *CURVES, *OTHERS
 CHECKPOINTS = 4
-MORE_RATES = 3                                           # by which a grid of learning rates may grow
 
 
 class Ablations:
@@ -63,7 +62,7 @@ class Ablations:
 
     def choose_rates(self):
         """{arm: the learning rate whose trial has the lowest loss on val}: of --lrs, or beyond where that is an end."""
-        return choose_rates(self.trial, self.args.arms, self.args.lrs, self.args.jobs, MORE_RATES)
+        return choose_rates(self.trial, self.args.arms, self.args.lrs, self.args.jobs)
 
     def one(self, arm, seed, lr):
         """A run: dict(best step, curve {step: {metric: (N,)}}, found {metric: (N,)}, core-seconds, what it saw)."""

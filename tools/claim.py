@@ -50,7 +50,6 @@ TUNED = {"full fine-tuning": "full", "I2V-Adapter": "i2v_adapter", "SimDA": "sim
 MASKED = SimpleNamespace(lengths="step", still_share=0.5)   # of rows with our masks, stills and curriculum
 STILL = "dfgn.temporal=still"                    # a base of single frames
 SHOWN = "whole", "clips", "frames", "stills"     # of a run's log
-MORE_RATES = 3                                   # by which a grid of learning rates may grow
 UNTUNED, FULL = "base, untuned", "full fine-tuning"
 EQUAL_SECONDS = {"RDTF, equal seconds": "RDTF", "full fine-tuning, half of the seconds": FULL,
                  "full fine-tuning, as long as RDTF": FULL}
@@ -99,6 +98,7 @@ class Claim:
         self.base, self.still_base = (Path(args.bases or args.out) / name for name in ("base", "base-stills"))
         self.tasks = [task for tasks in TASKS_OF.values() for task in tasks]
         self.common = ["--vae", args.vae, "--batch", args.batch, "--precision", args.precision, "--log-every", 20]
+        self.larger = ["--preset", BASES[args.preset], "--set", *args.base_set]  # more changes may follow
         groups = ["--groups", *args.groups] if args.groups else []
         self.target, self.source = (["--data", folder, *groups] for folder in (args.data, args.source))
         self.val = HeldOut(args.data, "val", 32, groups=args.groups)
@@ -108,13 +108,13 @@ class Claim:
         masks = has_masks(row)
         whole = ["--tasks", *self.tasks, "--lengths", "full", "--curriculum", "none", "--still-share", "0"]
         ours = ["--lengths", MASKED.lengths, "--still-share", MASKED.still_share]
-        options, larger = [*self.common, *self.target, *(ours if masks else whole)], BASES[self.args.preset]
+        options = [*self.common, *self.target, *(ours if masks else whole)]
         if row in TUNED:
             stills = TUNED[row] == "simda"
             base = self.still_base if stills else self.base
-            return [*options, "--preset", larger, "--base", base / "model.safetensors", "--method", TUNED[row],
-                    "--set", *self.args.base_set, *([STILL] if stills else [])]
-        wide = preset(larger, self.args.base_set).dfgn
+            return [*options, *self.larger, *([STILL] if stills else []), "--base", base / "model.safetensors",
+                    "--method", TUNED[row]]
+        wide = preset(BASES[self.args.preset], self.args.base_set).dfgn
         width = [f"dfgn.widths={','.join(map(str, wide.widths))}", f"dfgn.ff_mult={wide.ff_mult}"]
         return [*options, "--preset", self.args.preset, "--set", *self.args.set, *(width if "width" in row else [])]
 
@@ -161,7 +161,7 @@ class Claim:
         """Print what the base must show before anything is claimed: it has converged, knows its source, LoRA reaches
         it there, and what it knows is of use on the target."""
         a = self.args
-        source = [*self.common, *self.source, "--preset", BASES[a.preset], "--set", *a.base_set]
+        source = [*self.common, *self.source, *self.larger]
         tuned = train_two_stages(self.out / "gate/lora", a.steps, *source, "--base", self.base / "model.safetensors",
                                  "--method", "customize_a_video_st", "--still-share", 0, "--tasks", "t2v")
         untrained = launch.train(self.out / "gate/untrained", *source, "--lr", 1e-12, "--steps", 1)
@@ -179,7 +179,7 @@ class Claim:
 
     def choose_rates(self, rows):
         """{row: the learning rate whose trial has the lowest loss}: of --lrs, or beyond them where that is an end."""
-        return choose_rates(self.trial, rows, self.args.lrs, self.args.jobs, MORE_RATES)
+        return choose_rates(self.trial, rows, self.args.lrs, self.args.jobs)
 
     def train_rows(self):
         """{row: run folders, one for each seed}."""
@@ -214,10 +214,9 @@ class Claim:
 
     def train_bases(self):
         a = self.args
-        options = [*self.common, *self.source, "--preset", BASES[a.preset], "--tasks", "t2v", "--batch", a.base_batch]
-        train(self.base, a.base_steps, *options, "--set", *a.base_set, processes=a.jobs)
-        train(self.still_base, a.base_steps, *options, "--still-share", 1, "--set", *a.base_set, STILL,
-              processes=a.jobs)
+        options = [*self.common, *self.source, "--tasks", "t2v", "--batch", a.base_batch, *self.larger]
+        train(self.base, a.base_steps, *options, processes=a.jobs)
+        train(self.still_base, a.base_steps, *options, STILL, "--still-share", 1, processes=a.jobs)
 
     def tables(self):
         a = self.args

@@ -11,6 +11,7 @@ from lib.run.files import UserError, json_hash, read_json, write_json
 from sample import Sampler
 
 T, BATCH = 8, 16                                 # frames of a clip, clips at once
+MORE_RATES = 3                                   # by which a grid of learning rates may grow
 
 
 class HeldOut:
@@ -61,14 +62,15 @@ def best_of(models, val, *names):
     return min(models, key=lambda step: val.loss(models[step], *names))
 
 
-def choose_rates(trial, rows, lrs, jobs, more=0):
+def choose_rates(trial, rows, lrs, jobs):
     """{row: the learning rate at which trial(row, lr) is lowest}, which is said; of one alone nothing is tried.
 
-    lrs: increasing. more: how often a row's grid grows by the ratio of its first two where its best is an end."""
+    lrs: increasing. A row's grid grows by the ratio of its first two where its best is an end, MORE_RATES times at
+    most."""
     if len(lrs) == 1:
         return dict.fromkeys(rows, lrs[0])
     grids, losses, ratio = {row: list(lrs) for row in rows}, {}, lrs[1] / lrs[0]
-    for left in range(more, -1, -1):
+    for left in range(MORE_RATES, -1, -1):
         pairs = [(row, lr) for row, grid in grids.items() for lr in grid if (row, lr) not in losses]
         losses.update(zip(pairs, launch.several(trial, pairs, jobs)))
         rates = {row: min(grid, key=lambda lr: losses[row, lr]) for row, grid in grids.items()}  # noqa: B023
