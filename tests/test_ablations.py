@@ -43,7 +43,7 @@ def argv(scarce, tiny_vae, tmp_path):
 
 
 def test_arms_are_trained_chosen_and_compared(argv, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(launch, "run", lambda script, *options, processes: run_train(*options))
+    monkeypatch.setattr(launch, "run", lambda script, *options: run_train(*options))
     ablations.main([*argv, "--arms", "A", "B", "--seeds", "0", "1", "--lrs", "1e-3", "1e-2"])
     said, runs = capsys.readouterr().out, tmp_path / "runs"
     report = json.loads((runs / "numbers.json").read_text())

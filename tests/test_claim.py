@@ -42,7 +42,7 @@ def argv(target, stickers16, tiny_vae, tmp_path):
     return list(map(str, options))
 
 
-def in_process(script, *options, processes=1):
+def in_process(script, *options):
     """launch.run without the start of a process."""
     options = list(map(str, options))
     run_train(*options) if script == "train.py" else evaluate.main(options)
@@ -66,7 +66,7 @@ def test_two_rows_are_trained_and_compared(argv, tmp_path, capsys, monkeypatch):
 
 def test_every_row_is_trained_as_it_says(argv, tmp_path, monkeypatch):
     measured, claimed = [], tmp_path / "claim"
-    monkeypatch.setattr(launch, "run", lambda script, *options, **more: (
+    monkeypatch.setattr(launch, "run", lambda script, *options: (
         in_process(script, *options) if script == "train.py" else measured.append(options)))
     monkeypatch.setattr(HeldOut, "loss", lambda *_: 0.5)
     monkeypatch.setattr(claim, "plot", lambda *_: None)
@@ -83,7 +83,7 @@ def test_every_row_is_trained_as_it_says(argv, tmp_path, monkeypatch):
     assert len(runs) == len(claim.ROWS) - 1 + 2                          # the base is a row; two first stages
     assert base["tasks"] == ["t2v"] and base["data"] != runs["rdtf/seed-0"]["data"] and base["steps"] == 4
     assert (stills["still_share"], stills["set"]) == (1, ["dfgn.widths=8,24", "dfgn.temporal=still"])
-    assert base["set"] == ["dfgn.widths=8,24"]
+    assert base["set"] == ["dfgn.widths=8,24"] and base["lr"] == stills["lr"] == 3e-3
     compared = ["it2v", "interpolation", "prediction_forward", "prediction_backward"]
     for place, options in runs.items():
         masks, first = place.startswith("rdtf") or "curriculum" in place, place.endswith("absorber")
@@ -91,6 +91,7 @@ def test_every_row_is_trained_as_it_says(argv, tmp_path, monkeypatch):
         assert (options["curriculum"], options["lengths"]) == (("adaptive", "step") if masks else ("none", "full"))
         assert options["still_share"] == (0.5 if masks else 1.0 if first else 0.0)
         assert bool(options["base"]) == (options["method"] != "rdtf")
+        assert (options["text_lr"], options["warmup"]) == (0.1, 0)           # a tenth of --steps
         assert ("base-stills" in options["base"]) == place.startswith("simda") == ("still" in str(options["set"]))
         large = options["base"] or "width" in place
         assert preset("tiny", options["set"]).dfgn.widths == ((8, 24) if large else (8, 16))
@@ -109,14 +110,21 @@ def test_every_row_is_trained_as_it_says(argv, tmp_path, monkeypatch):
 LONGER = "full-fine-tuning--half-of-the-seconds", "full-fine-tuning--as-long-as-rdtf"
 
 
-def test_bases_of_another_claim_are_taken(argv, tmp_path, monkeypatch):
+def test_bases_of_another_claim_are_taken(argv, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launch, "run", in_process)
     first = claim.Claim(claim.parse(argv))
     first.train_bases()
-    monkeypatch.setattr(launch, "run", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(launch, "run", lambda script, *options: (
+        in_process(script, *options) if options[-1].parent.name == "gate" else pytest.fail("trained again")))
     other = claim.Claim(claim.parse([*argv, "--bases", str(tmp_path / "claim"), "--out", str(tmp_path / "other")]))
     other.train_bases()
     assert tmp_path / "claim/base-stills/model.safetensors" in other.options("SimDA")
+    capsys.readouterr()
+    other.gate()                                                         # what they know of the source was asked there
+    said = capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "other/gate").iterdir()] == ["untrained"]
+    assert re.search(r"\| t2v denoising loss, held out \| target \|", said)
+    assert re.search(r"\| base of stills \| \d+\.\d+ \|\n", said)
 
 
 def test_steps_that_hold_equal_clips_of_all_frames():
@@ -165,7 +173,7 @@ def test_a_script_that_fails_is_said(capfd):
 def test_no_training_begins_after_one_that_failed(argv, monkeypatch):
     begun = []
 
-    def run(script, *options, processes=1):
+    def run(script, *options):
         begun.append(Path(options[-1]).parent.name)
         if begun[-1] == "rdtf":
             raise UserError("train.py failed")

@@ -2,7 +2,7 @@
 
     python data.py fluent && python data.py emoji --hold-out all --moving --out data/source
     python tools/claim.py --vae runs/vae/model.safetensors                       # -> runs/claim: days of two cores
-    make claim                                                                   # fewer concepts and steps: hours
+    make claim                                           # fewer concepts and steps, half of the widths: three hours
     python tools/claim.py --rows RDTF SimDA --tables 1 --jobs 2                  # some of it, two trainings at a time
 
 The base (1.3 times RDTF's parameters) is trained on text alone, on stills of other styles moved by named motions; no
@@ -53,6 +53,7 @@ SHOWN = "whole", "clips", "frames", "stills"     # of a run's log
 UNTUNED, FULL = "base, untuned", "full fine-tuning"
 EQUAL_SECONDS = {"RDTF, equal seconds": "RDTF", "full fine-tuning, half of the seconds": FULL,
                  "full fine-tuning, as long as RDTF": FULL}
+UNGUIDED = ["--text-scale", 1, "--image-scale", 1]    # clips are drawn so: twice as fast, and no row's own scale
 ROWS = ["RDTF", "base's width from scratch", *TUNED, UNTUNED, *EQUAL_SECONDS]
 
 
@@ -66,9 +67,9 @@ def core_seconds(folder):
     return sum(sum(launch.logged(part, "cpu_s")) for part in (folder, absorber_of(folder)) if part.is_dir())
 
 
-def train(folder, steps, *options, **more):
+def train(folder, steps, *options):
     """A finished run, of whose way three more models are kept."""
-    return launch.train(folder, *options, "--steps", steps, "--keep-every", -(-steps // 4), **more)
+    return launch.train(folder, *options, "--steps", steps, "--keep-every", -(-steps // 4))
 
 
 def train_two_stages(folder, steps, *options):
@@ -97,7 +98,8 @@ class Claim:
         self.args, self.out = args, Path(args.out)
         self.base, self.still_base = (Path(args.bases or args.out) / name for name in ("base", "base-stills"))
         self.tasks = [task for tasks in TASKS_OF.values() for task in tasks]
-        self.common = ["--vae", args.vae, "--batch", args.batch, "--precision", args.precision, "--log-every", 20]
+        self.common = ["--vae", args.vae, "--batch", args.batch, "--precision", args.precision,
+                       "--text-lr", args.text_lr, "--warmup", args.steps // 10, "--log-every", 20]
         self.larger = ["--preset", BASES[args.preset], "--set", *args.base_set]  # more changes may follow
         groups = ["--groups", *args.groups] if args.groups else []
         self.target, self.source = (["--data", folder, *groups] for folder in (args.data, args.source))
@@ -149,7 +151,8 @@ class Claim:
         chosen = self.best(folder)
         if not (chosen / "eval.json").is_file():
             tasks = [task for table in self.args.tables for task in TASKS_OF[table]]
-            launch.run("evaluate.py", "--run", chosen, *self.target, "--tasks", *tasks, "--n", self.args.n)
+            launch.run("evaluate.py", "--run", chosen, *self.target, "--tasks", *tasks, *UNGUIDED,
+                       "--n", self.args.n)
 
     def trial(self, row, lr):
         """Loss on the val split after a third of the steps."""
@@ -159,23 +162,22 @@ class Claim:
 
     def gate(self):
         """Print what the base must show before anything is claimed: it has converged, knows its source, LoRA reaches
-        it there, and what it knows is of use on the target."""
-        a = self.args
-        source = [*self.common, *self.source, *self.larger]
-        tuned = train_two_stages(self.out / "gate/lora", a.steps, *source, "--base", self.base / "model.safetensors",
-                                 "--method", "customize_a_video_st", "--still-share", 0, "--tasks", "t2v")
-        untrained = launch.train(self.out / "gate/untrained", *source, "--lr", 1e-12, "--steps", 1)
-        sets = [HeldOut(folder, "test", a.n, groups=a.groups) for folder in (a.source, a.data)]
-        rows = []
-        for name, folder in {"untrained": untrained, "base": self.base, "base, LoRA on the source": tuned,
-                             "base of stills": self.still_base}.items():
-            losses = (held.loss(folder / "model.safetensors", "t2v") for held in sets)
-            rows.append([name, *(f"{loss:.4f}" for loss in losses)])
-        quarters = [[f"{np.mean(part):.4f}" for part in np.array_split(launch.logged(base, "loss"), 4) if len(part)]
-                    for base in (self.base, self.still_base)]
-        print(f"\n{markdown(['t2v denoising loss, held out', 'source', 'target'], rows)}\n"
-              f"training loss of the base by quarters: {', '.join(quarters[0])}; of that of stills: "
-              f"{', '.join(quarters[1])}\n", flush=True)
+        it there, and what it knows is of use on the target. Of another claim's bases: the last alone."""
+        a, larger = self.args, [*self.common, *self.larger]
+        models = {"untrained": launch.train(self.out / "gate/untrained", *larger, *self.target, "--lr", 1e-12,
+                                            "--steps", 1), "base": self.base, "base of stills": self.still_base}
+        sets = {"target": a.data} if a.bases else {"source": a.source, "target": a.data}
+        if not a.bases:
+            models["base, LoRA on the source"] = train_two_stages(
+                self.out / "gate/lora", a.steps, *larger, *self.source, "--base", self.base / "model.safetensors",
+                "--method", "customize_a_video_st", "--still-share", 0, "--tasks", "t2v")
+        held_out = [HeldOut(folder, "test", a.n, groups=a.groups) for folder in sets.values()]
+        rows = [[name, *(f"{held.loss(folder / 'model.safetensors', 't2v'):.4f}" for held in held_out)]
+                for name, folder in models.items()]
+        quarters = [", ".join(f"{np.mean(part):.4f}" for part in np.array_split(launch.logged(base, "loss"), 4)
+                              if len(part)) for base in (self.base, self.still_base)]
+        print(f"\n{markdown(['t2v denoising loss, held out', *sets], rows)}\ntraining loss of the base by quarters: "
+              f"{quarters[0]}; of that of stills: {quarters[1]}\n", flush=True)
 
     def choose_rates(self, rows):
         """{row: the learning rate whose trial has the lowest loss}: of --lrs, or beyond them where that is an end."""
@@ -189,11 +191,11 @@ class Claim:
         rows = [row for row in ROWS if row in needed | set(a.rows) and row not in (*EQUAL_SECONDS, UNTUNED)]
         rates = self.choose_rates(rows)
 
-        def train_seed(row, seed):
+        def train_seed(seed, row):
             self.measure(self.train_row(self.place(row) / f"seed-{seed}", row, self.steps(row, seed, a.steps),
                                         "--lr", rates[row], "--seed", seed))
 
-        def train_long(row, seed):
+        def train_long(seed, row):
             of, base = EQUAL_SECONDS[row], core_seconds(self.base)
             first = self.place(of) / f"seed-{a.seeds[0]}"
             half = "half" in row
@@ -202,8 +204,8 @@ class Claim:
             more = ["--base", self.half_base()] if half else []
             self.measure(self.train_row(self.place(row) / f"seed-{seed}", of, max(1, round(steps)), *more,
                                         "--lr", rates[of], "--seed", seed))
-        launch.several(train_seed, itertools.product(rows, a.seeds), a.jobs)
-        launch.several(train_long, itertools.product(later, a.seeds), a.jobs)
+        launch.several(train_seed, itertools.product(a.seeds, rows), a.jobs)     # a seed of all rows before the next
+        launch.several(train_long, itertools.product(a.seeds, later), a.jobs)
         return {row: [self.base] if row == UNTUNED else [self.place(row) / f"seed-{seed}" for seed in a.seeds]
                 for row in a.rows}
 
@@ -214,9 +216,10 @@ class Claim:
 
     def train_bases(self):
         a = self.args
-        options = [*self.common, *self.source, "--tasks", "t2v", "--batch", a.base_batch, *self.larger]
-        train(self.base, a.base_steps, *options, processes=a.jobs)
-        train(self.still_base, a.base_steps, *options, STILL, "--still-share", 1, processes=a.jobs)
+        options = [*self.common, *self.source, "--tasks", "t2v", "--batch", a.base_batch, "--lr", a.base_lr,
+                   *self.larger]
+        stills = [*options, STILL, "--still-share", 1]
+        launch.several(train, [(self.base, a.base_steps, *options), (self.still_base, a.base_steps, *stills)], a.jobs)
 
     def tables(self):
         a = self.args
@@ -232,7 +235,8 @@ class Claim:
                 for row, folders in found.items()]
         reports = [self.out / f"table-{table}.json" for table in a.tables]
         for table, report in zip(a.tables, reports):
-            launch.run("evaluate.py", "--table", table, "--rows", *rows, *self.target, "--n", a.n, "--out", report)
+            launch.run("evaluate.py", "--table", table, "--rows", *rows, *self.target, *UNGUIDED,
+                       "--n", a.n, "--out", report)
         if len(found) > 1:
             plot(self.out / "differences.png", reports)
             print(self.out / "differences.png")
@@ -283,6 +287,8 @@ def parse(argv=None):
     add("--base-steps", type=int, default=20000, help="steps of the base on the source (default: %(default)s)")
     add("--batch", type=int, default=4, help="clips of a row's step (default: %(default)s)")
     add("--base-batch", type=int, default=16, help="clips of the base's step (default: %(default)s)")
+    add("--base-lr", type=float, default=3e-3, help="learning rate of the bases (default: %(default)s)")
+    add("--text-lr", type=float, default=0.1, help="of text encoders, times the learning rate (default: %(default)s)")
     add("--precision", default="float32", choices=("bf16", "float32"), help="of all runs (default: %(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--lrs", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3, 3e-3], help="learning rates that each row tries")

@@ -22,17 +22,16 @@ def share_cores(jobs):
     keep_memory()
 
 
-def run(script, *arguments, processes=1):
+def run(script, *arguments):
     """Run a script of the repository to its end. UserError: it failed, and has said why."""
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    if subprocess.run([sys.executable, *many, ROOT / script, *map(str, arguments)]).returncode:
+    if subprocess.run([sys.executable, ROOT / script, *map(str, arguments)]).returncode:
         raise UserError(f"{script} failed; the same command goes on from here")
 
 
-def train(folder, *options, processes=1):
+def train(folder, *options):
     """A finished run: its folder."""
     if not (folder / "done").is_file():
-        run("train.py", *options, "--out", folder, processes=processes)
+        run("train.py", *options, "--out", folder)
         (folder / "done").touch()
     return folder
 
