@@ -103,6 +103,7 @@ class Claim:
         self.larger = ["--preset", BASES[args.preset], "--set", *args.base_set]  # more changes may follow
         groups = ["--groups", *args.groups] if args.groups else []
         self.target, self.source = (["--data", folder, *groups] for folder in (args.data, args.source))
+        self.measured = [*self.target, *UNGUIDED, "--n", args.n]
         self.val = HeldOut(args.data, "val", 32, groups=args.groups)
 
     def options(self, row):
@@ -151,8 +152,7 @@ class Claim:
         chosen = self.best(folder)
         if not (chosen / "eval.json").is_file():
             tasks = [task for table in self.args.tables for task in TASKS_OF[table]]
-            launch.run("evaluate.py", "--run", chosen, *self.target, "--tasks", *tasks, *UNGUIDED,
-                       "--n", self.args.n)
+            launch.run("evaluate.py", "--run", chosen, *self.measured, "--tasks", *tasks)
 
     def trial(self, row, lr):
         """Loss on the val split after a third of the steps."""
@@ -163,13 +163,13 @@ class Claim:
     def gate(self):
         """Print what the base must show before anything is claimed: it has converged, knows its source, LoRA reaches
         it there, and what it knows is of use on the target. Of another claim's bases: the last alone."""
-        a, larger = self.args, [*self.common, *self.larger]
-        models = {"untrained": launch.train(self.out / "gate/untrained", *larger, *self.target, "--lr", 1e-12,
+        a, options = self.args, [*self.common, *self.larger]
+        models = {"untrained": launch.train(self.out / "gate/untrained", *options, *self.target, "--lr", 1e-12,
                                             "--steps", 1), "base": self.base, "base of stills": self.still_base}
         sets = {"target": a.data} if a.bases else {"source": a.source, "target": a.data}
         if not a.bases:
             models["base, LoRA on the source"] = train_two_stages(
-                self.out / "gate/lora", a.steps, *larger, *self.source, "--base", self.base / "model.safetensors",
+                self.out / "gate/lora", a.steps, *options, *self.source, "--base", self.base / "model.safetensors",
                 "--method", "customize_a_video_st", "--still-share", 0, "--tasks", "t2v")
         held_out = [HeldOut(folder, "test", a.n, groups=a.groups) for folder in sets.values()]
         rows = [[name, *(f"{held.loss(folder / 'model.safetensors', 't2v'):.4f}" for held in held_out)]
@@ -235,8 +235,7 @@ class Claim:
                 for row, folders in found.items()]
         reports = [self.out / f"table-{table}.json" for table in a.tables]
         for table, report in zip(a.tables, reports):
-            launch.run("evaluate.py", "--table", table, "--rows", *rows, *self.target, *UNGUIDED,
-                       "--n", a.n, "--out", report)
+            launch.run("evaluate.py", "--table", table, "--rows", *rows, *self.measured, "--out", report)
         if len(found) > 1:
             plot(self.out / "differences.png", reports)
             print(self.out / "differences.png")
