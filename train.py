@@ -298,7 +298,7 @@ def train(config, stack, after_backward=None):
         return run.on_rank_0(run.finished, step)
     if config.compile:
         net.compile(backend=COMPILER)        # in place: the names of its weights stay
-    ddp = DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True) if world > 1 else net
+    ddp = DistributedDataParallel(net, forward_sync_buffers=False, gradient_as_bucket_view=True) if world > 1 else net
     if changed and rank == 0:
         print(f"{folder}: goes on behind step {step} with {', '.join(changed)}")
     run.write_config(facts, step)
