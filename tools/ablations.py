@@ -74,7 +74,7 @@ class Ablations:
         curve = {step: dict(zip(CURVES, self.test.measure(model, "it2v")["it2v"])) for step, model in at.items()}
         more = {name: loss for name, (loss, _) in self.test.measure(at[best], *OTHERS).items()}
         return dict(lr=lr, best=best, curve=curve, found={**curve[best], **more}, model=at[best],
-                    core_seconds=sum(launch.logged(folder, "cpu_s")), shown=dict(launch.shown(folder)))
+                    core_seconds=launch.core_seconds(folder), shown=dict(launch.shown(folder)))
 
     def go(self):
         a, rates = self.args, self.choose_rates()

@@ -64,7 +64,7 @@ def absorber_of(folder):
 
 def core_seconds(folder):
     """Of a run, and of its first stage if it has one."""
-    return sum(sum(launch.logged(part, "cpu_s")) for part in (folder, absorber_of(folder)) if part.is_dir())
+    return sum(launch.core_seconds(part) for part in (folder, absorber_of(folder)) if part.is_dir())
 
 
 def train(folder, steps, *options):

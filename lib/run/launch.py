@@ -57,6 +57,11 @@ def logged(folder, name):
     return [line[name] for _, line in read_jsonl(folder / "log.jsonl")]
 
 
+def core_seconds(folder):
+    """What a run's steps took: the CPU time of all ranks."""
+    return sum(logged(folder, "cpu_s"))
+
+
 def shown(folder):
     """Counter of what a run was trained on: stills, clips, whole (clips of all T frames), frames (of the clips)."""
     total = Counter()
