@@ -69,12 +69,17 @@ def test_every_row_is_trained_as_it_says(argv, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "run", lambda script, *options: (
         in_process(script, *options) if script == "train.py" else measured.append(options)))
     monkeypatch.setattr(HeldOut, "loss", lambda *_: 0.5)
-    monkeypatch.setattr(claim, "plot", lambda *_: None)
+    plots = []
+    monkeypatch.setattr(claim, "plot", lambda path, _: plots.append(path.name))
     seconds = {"base": 10, "rdtf": 10, "full-fine-tuning": 5}
     monkeypatch.setattr(claim, "core_seconds", lambda run: seconds.get(run.name) or seconds.get(run.parent.name, 0))
     claim.main([*argv, "--lrs", "1e-3", "--tables", "2", "--set", "dfgn.widths=8,16", "--base-set", "dfgn.widths=8,24"])
-    table = measured.pop()
+    table, seconds_table = measured[-2:]
+    del measured[-2:]
     assert len(measured) == len(claim.ROWS) - 1 and table[:2] == ("--table", "2")      # the untuned base's are there
+    rows = [option.split("=")[0] for option in map(str, seconds_table) if "seed-" in option]
+    assert rows == [*claim.EQUAL_SECONDS, *claim.TUNED] and seconds_table[-1].name == "table-2-equal-seconds.json"
+    assert table[-1].name == "table-2.json" and plots == ["differences.png", "differences-equal-seconds.png"]
     runs = {str(path.parent.relative_to(claimed)): json.loads(path.read_text())["train"]
             for path in claimed.rglob("config.json") if path.parent.name != "best"}
     base, stills = runs.pop("base"), runs.pop("base-stills")

@@ -14,7 +14,8 @@ end of the grid, and for each run the best of four checkpoints.
 
 A, equal clips: every row sees as many clips of all 8 frames; with our masks shorter clips and stills come on top.
 B, equal seconds: as many core-seconds as base and full fine-tuning took together, by RDTF; by full fine-tuning, half of
-them on half of the base's steps; and by full fine-tuning of the whole base, as long on the target as RDTF.
+them on half of the base's steps; and by full fine-tuning of the whole base, as long on the target as RDTF. Those three
+and the tuned rows have tables of their own, of differences to the first: table-1-equal-seconds.json and so on.
 
 The same command goes on where it was stopped; what is done is kept. For another domain (Tables 9 and 10) name its set,
 the bases that are there and another folder:
@@ -51,7 +52,8 @@ MASKED = SimpleNamespace(lengths="step", still_share=0.5)   # of rows with our m
 STILL = "dfgn.temporal=still"                    # a base of single frames
 SHOWN = "whole", "clips", "frames", "stills"     # of a run's log
 UNTUNED, FULL = "base, untuned", "full fine-tuning"
-EQUAL_SECONDS = {"RDTF, equal seconds": "RDTF", "full fine-tuning, half of the seconds": FULL,
+LONG = "RDTF, equal seconds"
+EQUAL_SECONDS = {LONG: "RDTF", "full fine-tuning, half of the seconds": FULL,
                  "full fine-tuning, as long as RDTF": FULL}
 UNGUIDED = ["--text-scale", 1, "--image-scale", 1]    # clips are drawn so: twice as fast, and no row's own scale
 ROWS = ["RDTF", "base's width from scratch", *TUNED, UNTUNED, *EQUAL_SECONDS]
@@ -222,7 +224,6 @@ class Claim:
         launch.several(train, [(self.base, a.base_steps, *options), (self.still_base, a.base_steps, *stills)], a.jobs)
 
     def tables(self):
-        a = self.args
         self.train_bases()
         self.gate()
         found = self.train_rows()
@@ -231,14 +232,20 @@ class Claim:
         head = ["row", "runs", "clips of 8 frames of the first", "clips", "frames of clips", "stills", "core-seconds"]
         print(f"\n{markdown(head, rows)}\nbase: {core_seconds(self.base):.0f} core-seconds on the source, base of "
               f"stills: {core_seconds(self.still_base):.0f}\n", flush=True)
+        self.compare(found)
+        if LONG in found and next(iter(found)) != LONG:
+            self.compare({row: found[row] for row in (*EQUAL_SECONDS, *TUNED) if row in found}, "-equal-seconds")
+
+    def compare(self, found, name=""):
+        """Print the tables of {row: run folders}, differences to the first; all numbers and a plot go to files."""
         rows = [f"{row}={folders[0] if row == UNTUNED else folders[0].parent / 'seed-*[0-9]/best'}"
                 for row, folders in found.items()]
-        reports = [self.out / f"table-{table}.json" for table in a.tables]
-        for table, report in zip(a.tables, reports):
+        reports = [self.out / f"table-{table}{name}.json" for table in self.args.tables]
+        for table, report in zip(self.args.tables, reports):
             launch.run("evaluate.py", "--table", table, "--rows", *rows, *self.measured, "--out", report)
         if len(found) > 1:
-            plot(self.out / "differences.png", reports)
-            print(self.out / "differences.png")
+            plot(self.out / f"differences{name}.png", reports)
+            print(self.out / f"differences{name}.png")
 
 
 def plot(path, reports):
