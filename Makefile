@@ -40,7 +40,8 @@ runs/demo-vae/trained: data/demo/meta.json
 	touch $@
 
 runs/demo/trained: runs/demo-vae/trained
-	$(PY) train.py $(DEMO) --still-share 0.6 --set dfgn.fade=0 --steps 1200 --out runs/demo
+	$(PY) train.py $(DEMO) --still-share 0.6 --set dfgn.fade=0 sampling.image_scale=1 --steps 1200 \
+	    --out runs/demo
 	touch $@
 
 runs/demo/stickers.png: runs/demo/trained
