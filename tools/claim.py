@@ -244,8 +244,9 @@ class Claim:
         for table, report in zip(self.args.tables, reports):
             launch.run("evaluate.py", "--table", table, "--rows", *rows, *self.measured, "--out", report)
         if len(found) > 1:
-            plot(self.out / f"differences{name}.png", reports)
-            print(self.out / f"differences{name}.png")
+            picture = self.out / f"differences{name}.png"
+            plot(picture, reports)
+            print(picture)
 
 
 def plot(path, reports):
