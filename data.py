@@ -6,6 +6,7 @@
     python data.py vsd2m MANIFEST --root DIR     the VSD2M manifest as its authors publish it      -> data/vsd2m
     python data.py folder DIR                    any folder of GIF, WebP, APNG, PNG, JPEG files    -> data/folder
     python data.py long-tail SET                 a set whose training stickers keep few frames     -> data/long-tail
+    python data.py mirrored SET                  its moving training stickers, left for right      -> data/mirrored
     python data.py synthetic                     captioned moving shapes, no network needed        -> data/synthetic
 
 Key frames: paper Fig. 3 and Table 6. Condition masks: paper Table 7. Every draw is a function of (seed, step, n).

@@ -2,6 +2,7 @@
 import hashlib
 import io
 import json
+import re
 import tarfile
 from pathlib import Path
 
@@ -370,3 +371,25 @@ def test_frames_of_a_long_tail_have_the_shares_it_says():
     n = np.array([sources.kept_frames(f"concept {i}") for i in range(20000)])
     shares = [np.mean(n == k) for k in range(2, 9)]
     assert shares == pytest.approx([0.175, 0.175, 0.15, 0.15, 0.1, 0.1, 0.15], abs=0.01)
+
+
+def test_a_mirrored_set_has_the_moving_training_stickers_left_for_right(stickers16, tmp_path, monkeypatch):
+    out, whole = tmp_path / "mirrored", data.StickerSet(stickers16)
+    side = next(r["caption"] for r in whole.records if r["split"] == "train" and r["n"] > 2)
+    monkeypatch.setattr(sources, "ONE_SIDED", re.compile(re.escape(side)))
+    data.main(["mirrored", str(stickers16), "--out", str(out), "--workers", "1"])
+    mirrored = data.StickerSet(out)
+    expected = [r for r in whole.records if r["split"] == "train" and r["n"] > 2 and side not in r["caption"]]
+    assert len(mirrored) == len(expected) > 15 and mirrored.meta["licences"] == whole.meta["licences"]
+    for before, after in zip(expected, mirrored.records):
+        every = range(before["n"])
+        np.testing.assert_array_equal(mirrored.clip(after, every), whole.clip(before, every)[:, :, ::-1])
+        changed = {name for name in after if after[name] != before.get(name)}
+        assert after["caption"] == f"{before['caption']}, mirrored" and after["style"].startswith("mirrored")
+        assert {"caption", "style"} <= changed <= {"caption", "style", "first", "keys"}
+
+
+def test_captions_that_name_a_side_are_not_mirrored():
+    named = ("backhand index pointing left", "right-facing fist", "Love Letter", "counterclockwise arrows button")
+    assert all(map(sources.ONE_SIDED.search, named))
+    assert not any(map(sources.ONE_SIDED.search, ("bright sun", "copyright", "red heart", "person cartwheeling")))

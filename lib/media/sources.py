@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lib.media.index import Index
+from lib.media.index import SPLITS, Index
 from lib.media.pictures import FORMATS, MAX_BYTES, MAX_FRAMES, durations_of_kept, even_frames
 from lib.media.vectors import HANDS, name_key, read_hand
 from lib.media.vectors import LICENCES as OF_HANDS
@@ -427,7 +427,7 @@ def synthetic_job(plan):
                 keywords=[shape, colour], concept=caption, group=shape)
 
 
-# ---- a set with fewer frames
+# ---- sets made of a set
 def kept_frames(concept):
     """Frames that a long-tailed set keeps of a concept's stickers, by a hash: 2 or 3 (35 % of the concepts), 4 or 5
     (30 %), 6 or 7 (20 %), 8 (15 %)."""
@@ -451,8 +451,34 @@ def long_tail_job(folder, row):
     kept = even_frames(record["n"], most)
     whole = len(kept) == record["n"]
     source = index.frames[[record["first"] + i for i in kept]], durations_of_kept(record["durations"], kept)
-    return dict({name: record[name] for name in ("file", "caption", "keywords", "concept", "group", "split", "style")
-                 if name in record}, source=source, keep=record.get("keyframe_idx", ()) if whole else ())
+    return dict(labels_of(record), source=source, keep=record.get("keyframe_idx", ()) if whole else ())
+
+
+def labels_of(record):
+    """What a job takes over from a record."""
+    names = "file", "caption", "keywords", "concept", "group", "split", "style"
+    return {name: record[name] for name in names if name in record}
+
+
+ONE_SIDED = re.compile(r"\b(left|right|(?:anti|counter)?clockwise|letters?|writing|abcd?|latin)\b", re.IGNORECASE)
+
+
+def mirrored_rows(folder):
+    """Rows of a prepared set that mirrored_job takes: of train stickers that move and whose caption names no side."""
+    index = read_index(folder)
+    rows = np.flatnonzero((index.columns["split"] == SPLITS.index("train")) & (index.columns["n"] > 2))
+    return [row for row in rows.tolist() if not ONE_SIDED.search(index[row]["caption"])]
+
+
+def mirrored_job(folder, row):
+    """A row of a prepared set -> job: the sticker with left and right exchanged. Its caption says so, or the caption
+    without the word would ask for either."""
+    index = read_index(folder)
+    record = index[row]
+    frames = np.stack([index.frames[record["first"] + i] for i in range(record["n"])])
+    style = {"style": f"mirrored {record['style']}" if "style" in record else "mirrored"}
+    return dict(labels_of(record), **style, caption=f"{record['caption']}, mirrored",
+                source=(frames[:, :, ::-1], record["durations"]), keep=record.get("keyframe_idx", ()))
 
 
 # ---- the command line of data.py
@@ -470,11 +496,16 @@ def source_of(o):
         return name, jobs, dict(licences=[LICENCES[style] for style in styles])
     if o.command == "synthetic":
         return f"synthetic {o.n}", lambda: synthetic_plans(o.n), dict(total=o.n, read=synthetic_job)
-    if o.command == "long-tail":
+    if o.command in ("long-tail", "mirrored"):
         index = read_index(o.set)
         o.size, o.most_frames = index.meta["size"], index.meta["most_frames"]
+    if o.command == "long-tail":
         return (f"long tail of {index.meta['hash'][:12]}", lambda: range(len(index)),
                 dict(total=len(index), read=functools.partial(long_tail_job, o.set), licences=index.meta["licences"]))
+    if o.command == "mirrored":
+        rows = mirrored_rows(o.set)
+        return (f"mirrored {index.meta['hash'][:12]}", lambda: rows,
+                dict(total=len(rows), read=functools.partial(mirrored_job, o.set), licences=index.meta["licences"]))
     outside = ", files outside too" if o.allow_outside else ""
     if o.command == "vsd2m":
         digest, total = survey(o.manifest, o.root, o.limit, o.allow_outside, check=True)

@@ -8,12 +8,14 @@ from lib.media.vectors import JUDGING
 from lib.run.files import UserError
 from lib.run.options import check_least, check_most
 
+OF_A_SET = "long-tail", "mirrored"               # which have the size and the frames of their set
+
 
 def parse_options(doc, argv=None):
     """The options, checked. doc: of the script."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    names = "fluent", "emoji", "vsd2m", "folder", "long-tail", "synthetic"
+    names = "fluent", "emoji", "vsd2m", "folder", "long-tail", "mirrored", "synthetic"
     add = {name: commands.add_parser(name).add_argument for name in names}
     parts = list(sources.FLUENT)
     add["fluent"]("--parts", type=int, nargs="+", choices=parts, default=parts, help="which packages")
@@ -27,18 +29,19 @@ def parse_options(doc, argv=None):
     add["vsd2m"]("--limit", type=int, help="use the first lines alone")
     add["folder"]("folder")
     add["long-tail"]("set", help="prepared set whose training stickers keep 2 to 8 frames, most of them few")
+    add["mirrored"]("set", help="prepared set whose moving training stickers are mirrored")
     add["synthetic"]("--n", type=int, default=64, help="stickers to draw")
     for name in ("vsd2m", "folder"):
         add[name]("--allow-outside", action="store_true", help="read files outside the folder too")
     for name in add:
         add[name]("--out", default=f"data/{name}", help="prepared set to write")
         add[name]("--workers", type=int, default=2, help="decoding processes")
-        if name != "long-tail":              # which has those of its set
+        if name not in OF_A_SET:
             add[name]("--size", type=int, default=64, help="pixels a side")
             add[name]("--most-frames", type=int, default=MAX_FRAMES, help="frames of a long clip in the set")
     o = parser.parse_args(argv)
     check_least(o, **{name: 1 for name in ("size", "workers", "most_frames", "n", "limit") if name in o})
-    if o.command != "long-tail":
+    if o.command not in OF_A_SET:
         check_most(o, size=1024, most_frames=MAX_DECODED)
     if not Path(o.out).name:
         raise UserError(f"--out {o.out}: name the folder to write")
