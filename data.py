@@ -100,7 +100,8 @@ def draw_frames(c, step, T):
 
 
 def draw_condition(c, p, u, n, T, timesteps):
-    """(task number, condition mask (T,), whether the text is kept, timestep) of a clip of n real frames.
+    """(task number, condition mask (T,), whether the text is kept, timestep, whether it runs backwards, which other
+    sticker's text it has: a place in [0, 1), or None) of a clip of n frames.
 
     c: train.TrainConfig. p: probabilities of TASKS. u (4,) in [0, 1): the draws of each of these, in this order."""
     for_task, for_mask, for_drop, for_timestep = u
@@ -108,19 +109,20 @@ def draw_condition(c, p, u, n, T, timesteps):
     mask = cond_mask(task, n, T, for_mask)
     text_drop = c.given_text_drop if mask.any() else c.text_drop
     no_text = task == "i2v" or for_drop < text_drop + c.both_drop
+    backwards = n == T and mask.any() and for_drop < c.backwards * text_drop
     if text_drop <= for_drop < text_drop + c.both_drop + c.cond_drop:
         mask = np.zeros_like(mask)
+    other = (for_drop - 1) / c.other_text + 1 if mask.any() and for_drop >= 1 - c.other_text and not no_text else None
     shifted = c.timestep_shift * for_timestep / (1 + (c.timestep_shift - 1) * for_timestep)  # as Stable Diffusion 3's
-    return TASKS.index(task), mask, not no_text, int(shifted * timesteps)
+    return TASKS.index(task), mask, not no_text, int(shifted * timesteps), backwards, other
 
 
 # ---- key frames
 def features(frames):
     """(n, S, S, 4) -> (n, 1536): 16x16 RGB means over grey, and their difference to the next frame.
 
-    Of more than 64 pixels a side every (S // 64)-th counts: clusters need no more, and all of 256 would cost a fifth
-    of the decoding. The frames are shrunk as one tall picture, whose boxes end where frames do; first across, or
-    Pillow's rounding would depend on n."""
+    Of more than 64 pixels a side every (S // 64)-th counts, to spare time. The frames are shrunk as one tall picture,
+    whose boxes end where frames do; first across, or Pillow's rounding would depend on n."""
     step = max(1, frames.shape[1] // 64)
     sample = np.ascontiguousarray(frames.view(np.uint32)[:, ::step, ::step]).view(np.uint8)   # whole pixels copy faster
     n, side = sample.shape[:2]
@@ -190,8 +192,8 @@ def text_for(record, rng, word_dropout=0.2, keywords=0.5):
     if u < keywords and record["keywords"]:
         parts += record["keywords"]
         if u < keywords / 2:
-            some = rng.permutation(record["keywords"])[:1 + rng.integers(len(record["keywords"]))]
-            parts = [*some, f"{record['style']} style"] if "style" in record else some
+            parts = [*rng.permutation(record["keywords"])[:1 + rng.integers(len(record["keywords"]))],
+                     *([f"{record['style']} style"] if "style" in record else [])]
     words = ", ".join(parts).split()
     return " ".join("#" if u < word_dropout else word for u, word in zip(rng.random(len(words)), words))
 
@@ -210,8 +212,7 @@ def vocabulary(records):
 class StickerTexts(Sequence):
     """All texts that training shows of a set: row 0 is "", row 1 + i * variants + v is variant v of sticker i.
 
-    Variant 0 is the bare caption; the others are drawn by text_for, functions of (seed, i, v). With so few texts the
-    features that a frozen tower makes of them can be cached."""
+    Variant 0 is the bare caption, others are drawn by text_for: so few that a frozen tower's features can be cached."""
     def __init__(self, stickers, variants, seed, word_dropout, keywords):
         self.stickers, self.variants, self.seed, self.chances = stickers, variants, seed, (word_dropout, keywords)
 
@@ -244,9 +245,8 @@ class StickerTexts(Sequence):
 class StickerSet:
     """A prepared set, or its stickers of one split or of some groups; a list of folders: several sets as one.
 
-    records: index records, parsed when asked for; lengths, split, concept: arrays, an entry a record; members: for each
-    concept, in the order of names, the numbers of its records; frames: all frames of the folder, (n, S, S, 4) uint8.
-    It pickles as its arguments."""
+    records: index records, parsed when asked for; lengths, split, concept: arrays, an entry a record; members: record
+    numbers of each concept, by name; frames: all of the folder, (n, S, S, 4) uint8. It pickles as its arguments."""
     def __init__(self, folder, split=None, groups=None):
         folders = folder if isinstance(folder, list) else [folder]
         index = JoinedIndex(folders) if len(folders) > 1 else Index(folders[0])
@@ -321,10 +321,10 @@ class ClipDataset(torch.utils.data.Dataset):
     `feature`, a shape, is not empty, text_noise: as many standard normal values.
     turn: earlier steps of this kind, whole clips or single frames; a function of the step (StepSampler).
     latents: (frames, 2, C, h, w), mean and log-variance. texts: StickerTexts to draw from, if texts must be finite.
-    Concepts are visited in permuted order, each as often as any other; which of its variants (skin tone, gender) is
-    drawn, so that twins do not crowd out the rest. T = 1 gives single frames of any sticker. k "step": clips have T
-    frames; "sample" (paper): k of 3..T is drawn, a shorter sticker has all of its frames; padded to T. shortest: frames
-    that a sticker has of which clips are made; None: 3, and 1 where k is drawn for each sample."""
+    Concepts are visited in permuted order, equally often; which of its variants (skin tone, gender) is drawn, so that
+    twins do not crowd out the rest. T = 1: single frames of any sticker. k "step": clips have T frames; "sample"
+    (paper): 3..T, or all of a shorter sticker's, padded to T. shortest: frames of a sticker that gives clips; None: 3,
+    and 1 where k is drawn for each sample."""
     def __init__(self, sticker_set, latents, seed, batch, T=8, how="kmeans", k="sample", word_dropout=0.2, keywords=0.5,
                  texts=None, feature=(), shortest=None):
         self.set, self.latents, self.texts, self.chances = sticker_set, latents, texts, (word_dropout, keywords)

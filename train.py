@@ -52,8 +52,7 @@ from sample import Sampler
 
 COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
 MAY_CHANGE = {"workers", "log_every", "save_every", "keep_every", "sample_every", "prompts", "out", "accumulate",
-              "checkpointing", "zero", "compile",
-              "ema_device", "precision",  # when a run goes on; and these, whose hashes must be the same:
+              "checkpointing", "zero", "compile", "ema_device", "precision",  # in a run that goes on; if equal inside:
               "data", "vae", "base", "absorber", "clip_weights", "clip_model"}
 
 
@@ -101,6 +100,8 @@ class TrainConfig:
     text_noise: float = 1.0               # deviation of what is added to a MiniLM's sentence, whose own is about one
     text_drop: float = 0.10               # the text alone is dropped where no frame is given
     given_text_drop: float = 0.5          # the text alone is dropped where frames are given
+    backwards: float = 0.0                # share of these clips, of frames and no text, that run backwards
+    other_text: float = 0.0               # the text is another sticker's, where frames are given
     timestep_shift: float = 1.0           # above 1: more timesteps of high noise, where text counts; 1: uniform (paper)
     cond_drop: float = 0.10               # the given frames alone are dropped
     both_drop: float = 0.05               # both are dropped
@@ -163,8 +164,7 @@ class DFGNStage(Stage):
         self.latents = data.cache_latents(c.data, self.vae.to(self.device), self.inputs["vae"])
         if self.tower:
             self.texts = data.StickerTexts(self.stickers, c.text_variants, c.seed, c.word_dropout, c.keywords)
-            width = self.preset.text.width
-            self.features = cache_features(c.data[0], self.tower, width, self.texts, self.device)
+            self.features = cache_features(c.data[0], self.tower, self.preset.text.width, self.texts, self.device)
 
     def network(self, fresh):
         net = RDTF(self.preset)
@@ -204,18 +204,26 @@ class DFGNStage(Stage):
         z, loss_mask = (clips[name][:, :T].to(self.device, non_blocking=True) for name in ("z", "loss_mask"))
         drawn = [data.draw_condition(self.config, p, u, n, T, timesteps)
                  for u, n in zip(clips["draws"].tolist(), clips["n"].tolist())]
-        task, masks, has_text, t = zip(*drawn)
+        task, masks, has_text, t, backwards, others = zip(*drawn)
         z = self.vae.standardise(z.flatten(0, 1)).unflatten(0, (-1, T))
-        batch = dict(z0=z * loss_mask[:, :, None, None, None], text=self.read_texts(clips, torch.tensor(has_text)),
-                     t=torch.tensor(t), noise=clips["noise"][:, :T], cond_mask=torch.from_numpy(np.stack(masks)),
-                     loss_mask=loss_mask)
+        z = torch.stack([clip.flip(0) if back else clip for clip, back in zip(z, backwards)])
+        batch = dict(z0=z * loss_mask[:, :, None, None, None], t=torch.tensor(t), noise=clips["noise"][:, :T],
+                     text=self.read_texts(clips, torch.tensor(has_text), others),
+                     cond_mask=torch.from_numpy(np.stack(masks)), loss_mask=loss_mask)
         return batch, torch.stack([torch.tensor(task), batch["t"], clips["index"], clips["n"]], 1)
 
-    def read_texts(self, clips, has_text):
+    def read_texts(self, clips, has_text, others):
         """Tokens (B, L), or a tower's features (B, ...), of which row 0 is the empty text's."""
+        swapped = {i: int(u * len(self.stickers)) for i, u in enumerate(others) if u is not None}
         if not self.tower:
-            return clips["tokens"].where(has_text[:, None], data.tokenize([""]))
-        features = torch.from_numpy(self.features[clips["text_row"] * has_text].astype(np.float32))
+            tokens = clips["tokens"].where(has_text[:, None], data.tokenize([""]))
+            for i, other in swapped.items():
+                tokens[i] = data.tokenize([self.stickers.records[other]["caption"]])[0]
+            return tokens
+        rows = clips["text_row"] * has_text
+        for i, other in swapped.items():
+            rows[i] = self.texts.rows(other)[0]
+        features = torch.from_numpy(self.features[rows].astype(np.float32))
         if "text_noise" in clips:             # an empty text is one alone, not a place among others
             features += self.config.text_noise * clips["text_noise"] * has_text[:, None]
         return features
@@ -236,12 +244,6 @@ STAGES = {"vae": VAEStage, "dfgn": DFGNStage}
 def learning_rate(c, step):
     ramp = min(1.0, (step + 1) / max(c.warmup, 1))
     return c.lr * ramp * (0.5 * (1 + math.cos(math.pi * step / c.steps)) if c.lr_schedule == "cosine" else 1.0)
-
-
-def own_rates(net, c):
-    """{name: learning rate / --lr} of the parameters whose rate is their own."""
-    return {**{name: c.text_lr for name, _ in net.named_parameters() if name.startswith("text.")},
-            "text.token.weight": c.embedding_lr}
 
 
 def backward(net, batch, c, precision, device):
@@ -288,7 +290,7 @@ def train(config, stack, after_backward=None):
     net = stage.network(fresh)
     facts["precision"] = precision = loop.pick_precision(facts["precision"], net, stage)
     optimizer = loop.make_optimizer(net, config.lr, config.weight_decay, config.zero and world > 1,
-                                    own_rates(net, config))
+                                    loop.own_rates(net, config))
     ema = loop.EMA(net, config.ema, config.ema_device == "cpu") if rank == 0 else None  # who alone writes them
     curriculum, parts = stage.curriculum, dict(net=net, optimizer=optimizer, ema=ema, curriculum=stage.curriculum)
     run = Run(folder, config, stage, {name: part for name, part in parts.items() if part is not None},

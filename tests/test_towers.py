@@ -129,16 +129,31 @@ def test_concepts_are_the_means_of_their_texts(words_dfgn, minilm, stickers16):
     assert learnt_concepts(features, few, 1).tolist() == [[0, 1]]
 
 
+def first_batches(config, n):
+    """A stage of one process, the arguments of its first n steps."""
+    stage = train.DFGNStage(config, preset(config.preset, config.set), data.StickerSet(config.data, "train"), 0, 1,
+                            torch.device("cpu"))
+    stage.prepare()
+    return stage, [batch for _, (batch, _) in zip(range(n), stage.batches(0))]
+
+
+def test_another_stickers_text_is_its_bare_caption(dfgn_argv, words_dfgn):
+    argv = *dfgn_argv, "--text-variants", 2, "--text-noise", 0, "--still-share", 0, "--set", *FIELDS
+    config = parse_fields(train.TrainConfig, "", [str(a) for a in argv])
+    (_, own), (stage, other) = (first_batches(replace(config, other_text=share), 6) for share in (0, 0.6))
+    bare = torch.from_numpy(stage.features[[stage.texts.rows(i)[0] for i in range(len(stage.stickers))]].astype("f4"))
+    swapped = torch.cat([b["text"][(a["text"] != b["text"]).any(1)] for a, b in zip(own, other)])
+    assert len(swapped) > 3 and all((bare == text).all(1).any() for text in swapped)
+    assert not any((b["text"] != a["text"]).any(1)[~a["cond_mask"].any(1)].any() for a, b in zip(own, other))
+
+
 def test_noise_is_added_to_what_is_said(dfgn_argv, tmp_path, words_dfgn, minilm):
     """The same clips, tasks and timesteps whatever the noise; an empty text has none."""
     argv = *dfgn_argv, "--text-variants", 2, "--text-drop", 0.5, "--set", *FIELDS
     config = parse_fields(train.TrainConfig, "", [str(a) for a in argv])
     found = {}
     for std in (0.0, 0.5):
-        stage = train.DFGNStage(replace(config, text_noise=std), preset(config.preset, config.set),
-                                data.StickerSet(config.data, "train"), 0, 1, torch.device("cpu"))
-        stage.prepare()
-        found[std] = [batch for _, (batch, _) in zip(range(4), stage.batches(0))]
+        stage, found[std] = first_batches(replace(config, text_noise=std), 4)
     differences = torch.cat([a["text"] - b["text"] for a, b in zip(found[0.5], found[0.0])])
     said = torch.cat([(b["text"] - torch.from_numpy(stage.features[0].astype(np.float32))).abs().sum(1) > 0
                       for b in found[0.0]])

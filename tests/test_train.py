@@ -191,7 +191,7 @@ def draws(count=4000, p=np.full(6, 1 / 6), real=8, config=TrainConfig()):  # noq
 
 def test_shares_of_dropped_conditions():
     """Where frames are given the text is dropped far more often, or captions known by heart would override them."""
-    tasks, masks, text, t = (np.array(x) for x in zip(*draws()))
+    tasks, masks, text, t, *_ = (np.array(x) for x in zip(*draws()))
     given, i2v, t2v = masks.any(1), tasks == TASKS.index("i2v"), tasks == TASKS.index("t2v")
     assert not text[i2v].any() and not given[t2v].any()
     free = ~i2v & ~t2v
@@ -204,6 +204,55 @@ def test_shares_of_dropped_conditions():
     assert masks.shape == (4000, 8) and masks.dtype == np.float32 and masks.sum(1).max() < 8
     assert t.min() < 10 and 989 < t.max() <= 999 and t.mean() == pytest.approx(500, abs=20)
     assert (t[:50] != [d[3] for d in draws(50, config=TrainConfig(seed=1))]).any()
+
+
+def test_some_clips_of_frames_without_a_text_run_backwards(tiny_dfgn):
+    """A caption may say which way time goes ("melting"), and where no frame is given there is nothing to go on from."""
+    assert not np.any([d[4] for d in draws()])                                          # nor ever by default
+    tasks, masks, text, _, backwards, _ = (np.array(x) for x in zip(*draws(config=TrainConfig(backwards=0.5))))
+    given, dropped = masks.any(1) & ~text, tasks != TASKS.index("i2v")                  # which never has a text
+    assert not backwards[~given].any() and np.mean(backwards[given & dropped]) == pytest.approx(0.5, abs=0.04)
+    assert not np.any([d[4] for d in draws(real=5, config=TrainConfig(backwards=1))])   # padding stays at the end
+    trained = dict(read_config(tiny_dfgn)["train"], still_share=0, steps=8, given_text_drop=0.9, cond_drop=0.05)
+    stages = [make_stage(TrainConfig(**dict(trained, backwards=share))) for share in (0, 1)]
+    turned, empty = 0, data.tokenize([""])[0]
+    for stage in stages:
+        stage.prepare()
+    for (one, _), (other, _) in zip(*(stage.batches(0) for stage in stages)):
+        for k in range(len(one["z0"])):
+            back = one["cond_mask"][k].any() and one["loss_mask"][k].all() and torch.equal(one["text"][k], empty)
+            assert torch.equal(other["z0"][k], one["z0"][k].flip(0) if back else one["z0"][k])
+            turned += back
+        for name in ("noise", "cond_mask", "t", "loss_mask", "text"):
+            assert torch.equal(one[name], other[name])
+    assert turned > 3
+
+
+def test_some_texts_beside_given_frames_are_another_stickers(tiny_dfgn):
+    """So that a caption known by heart does not override frames that say something else."""
+    assert {d[5] for d in draws()} == {None}
+    tasks, masks, text, _, _, others = zip(*draws(config=TrainConfig(other_text=0.2)))
+    given, i2v = np.array(masks).any(1), np.array(tasks) == TASKS.index("i2v")
+    swapped = np.array([u is not None for u in others])
+    assert not swapped[~given | i2v].any() and np.array(text)[swapped].all()
+    assert np.mean(swapped[(np.array(tasks) != TASKS.index("t2v")) & ~i2v]) == pytest.approx(0.2, abs=0.03)
+    places = np.array([u for u in others if u is not None])
+    assert 0 <= places.min() < 0.02 and 0.98 < places.max() < 1 and places.mean() == pytest.approx(0.5, abs=0.04)
+    trained = dict(read_config(tiny_dfgn)["train"], still_share=0, steps=8, word_dropout=0, keywords=0, tasks=["it2v"])
+    own, other = (make_stage(TrainConfig(**dict(trained, other_text=share))) for share in (0, 0.6))
+    captions = {tuple(data.tokenize([r["caption"]])[0].tolist()) for r in own.stickers.records}
+    strange = 0
+    for stage in (own, other):
+        stage.prepare()
+    for (one, tags), (two, _) in zip(own.batches(0), other.batches(0)):
+        for k, u in enumerate(tags[:, 2]):
+            caption = data.tokenize([own.stickers.records[u]["caption"]])[0]
+            if torch.equal(one["text"][k], caption):
+                assert tuple(two["text"][k].tolist()) in captions
+                strange += not torch.equal(two["text"][k], caption)
+            else:
+                assert torch.equal(one["text"][k], two["text"][k])
+    assert strange > 5
 
 
 def test_tasks_are_drawn_by_their_probabilities():
@@ -288,8 +337,11 @@ def test_a_towers_features_are_cached_and_read_by_row(tower_dfgn, stickers16, cl
     with torch.no_grad():
         wanted = load_tower(clip_folder, "")(data.tokenize([stage.texts[r] for r in rows]))
     assert np.allclose(stage.features[rows], wanted, atol=2e-3)
-    found = stage.read_texts(dict(text_row=torch.tensor(rows)), torch.tensor([True, True, True, False]))
-    assert np.array_equal(found, stage.features[[0, 1, 7, 0]])
+    clips, has_text = dict(text_row=torch.tensor(rows)), torch.tensor([True, True, True, False])
+    assert np.array_equal(stage.read_texts(clips, has_text, [None] * 4), stage.features[[0, 1, 7, 0]])
+    assert np.array_equal(stage.read_texts(clips, has_text, [None, None, 0.999, None]),
+                          stage.features[[0, 1, stage.texts.rows(len(stage.stickers) - 1)[0], 0]])
+    assert clips["text_row"].tolist() == rows
     whole = cache.read_bytes()                                         # killed within a row: the same bytes
     cache.rename(f"{cache}.part")
     os.truncate(f"{cache}.part", len(whole) // 2 + 5)

@@ -134,6 +134,12 @@ def pick_precision(asked, net, stage):
     return choice[0]
 
 
+def own_rates(net, c):
+    """{name: learning rate / --lr} of the parameters whose rate is their own."""
+    return {**{name: c.text_lr for name, _ in net.named_parameters() if name.startswith("text.")},
+            "text.token.weight": c.embedding_lr}
+
+
 def make_optimizer(net, lr, weight_decay, zero, scales):
     """AdamW. zero: each process keeps the moments of its share of the parameters (ZeRO-1).
 

@@ -17,11 +17,11 @@ def check_options(c, **words):
                 precision=("auto", "bf16", "float32"), lr_schedule=("cosine", "constant"))
     if not c.data:
         raise UserError("--data: name a prepared set, or several")
-    check_shares(c, "still_share", "word_dropout", "keywords", "text_drop", "given_text_drop", "cond_drop", "both_drop",
-                 "ema")
-    for name in ("text_drop", "given_text_drop"):
-        if getattr(c, name) + c.cond_drop + c.both_drop > 1:
-            raise UserError(f"{flag(name)}, --cond-drop and --both-drop: more than 1 in all")
+    check_shares(c, "still_share", "word_dropout", "keywords", "text_drop", "given_text_drop", "other_text",
+                 "backwards", "cond_drop", "both_drop", "ema")
+    for names in (("text_drop",), ("given_text_drop", "other_text")):
+        if sum(getattr(c, name) for name in (*names, "cond_drop", "both_drop")) > 1 + 1e-9:
+            raise UserError(f"{', '.join(map(flag, names))}, --cond-drop and --both-drop: more than 1 in all")
     check_least(c, steps=1, batch=1, accumulate=1, text_variants=1, log_every=1, save_every=1, keep_every=0, shortest=0,
                 seed=0, workers=0, sample_every=0, warmup=0, rank=1, weight_decay=0, lr=1e-12, timestep_shift=1e-3,
                 embedding_lr=0, text_lr=0, grad_clip=1e-12, text_noise=0)
