@@ -2,9 +2,11 @@
 import numpy as np
 import pytest
 import torch
+from conftest import run_train
+from safetensors.torch import load_file
 
 from lib.nets.autoencoder import load_vae
-from lib.nets.weights import identity
+from lib.nets.weights import identity, read_metadata, save_model
 from lib.run.files import UserError
 from model import load_rdtf
 from sample import Sampler
@@ -37,6 +39,26 @@ def test_how_it_is_sampled_can_be_chosen_later(tiny_dfgn, tmp_path):
     assert before == after
     with pytest.raises(UserError, match="--set dfgn.layers=3: no field"):
         export.main([str(tiny_dfgn / "model.safetensors"), str(tmp_path / "y.safetensors"), "--set", "dfgn.layers=3"])
+
+
+def test_the_mean_of_a_tuned_model_and_its_base(tiny_dfgn, tiny_vae, dfgn_argv, tmp_path):
+    base, tuned = tiny_dfgn / "model.safetensors", tmp_path / "tuned/model.safetensors"
+    mean = tmp_path / "mean.safetensors"
+    run_train(*dfgn_argv, "--steps", 3, "--warmup", 0, "--base", base, "--out", tuned.parent)
+    export.main([str(tuned), str(mean), "--average", str(base)])
+    a, b, (c, meta) = (load_rdtf(path) for path in (base, tuned, mean))
+    assert meta == b[1]
+    a, b, c = a[0].state_dict(), b[0].state_dict(), c.state_dict()
+    assert not torch.equal(a["dfgn.stem.conv.weight"], b["dfgn.stem.conv.weight"])
+    for name, w in c.items():
+        assert torch.allclose(w, (a[name] + b[name]) / 2 if w.is_floating_point() else b[name], rtol=2 ** -8), name
+    for other in (tiny_vae / "model.safetensors", tmp_path / "words.safetensors"):
+        words = load_file(base)
+        words["text.vocabulary"] += 1                                            # other words of as many
+        save_model(tmp_path / "words.safetensors", words, **read_metadata(base))
+        with pytest.raises(UserError, match=f"--average .*{other.name}: not a model of the same layers, VAE and words"):
+            export.main([str(tuned), str(tmp_path / "no.safetensors"), "--average", str(other)])
+    assert not (tmp_path / "no.safetensors").exists()
 
 
 def test_other_files_are_refused(tmp_path):

@@ -3,6 +3,7 @@
     python tools/export.py runs/vae/model.safetensors checkpoints/mini-vae.safetensors
     python tools/export.py runs/dfgn/model.safetensors checkpoints/mini.safetensors
     python tools/export.py ... --set sampling.text_scale=2      # as chosen on the val split after the training
+    python tools/export.py ... --average before.safetensors     # the mean of what was tuned and of what it began from
 
 Matrices and kernels become bfloat16; biases, norms and the latents' statistics, the small rest, stay float32.
 Export the VAE before the DFGN is trained: a DFGN knows its VAE by the file's hash.
@@ -28,23 +29,41 @@ def halve(weights):
     return {name: w.bfloat16() if w.is_floating_point() and w.dim() > 1 else w for name, w in weights.items()}
 
 
+def average(weights, metadata, path):
+    """The means of these weights and another model's, of which they were tuned, as Wortsman et al. 2022 (WiSE-FT). The
+    sentences of the learnt concepts stay these. UserError: another kind, VAE, shape or vocabulary."""
+    path = model_file(path)
+    other, theirs = (load_file(path), read_metadata(path)) if is_own(path) else ({}, {})
+    names = weights.keys() - {"text.concepts"}
+    floats = {name for name in names if weights[name].is_floating_point()}
+    alike = (all(theirs.get(fact) == metadata.get(fact) for fact in ("kind", "vae")) and
+             all(name in other and other[name].shape == weights[name].shape for name in names) and
+             all(torch.equal(weights[name], other[name]) for name in names - floats))
+    if not alike:
+        raise UserError(f"--average {path}: not a model of the same layers, VAE and words")
+    return {**weights, **{name: (weights[name].float() + other[name].float()) / 2 for name in floats}}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="model.safetensors of a run")
     parser.add_argument("out", help="file to write")
     parser.add_argument("--set", nargs="+", default=[], metavar="sampling.FIELD=VALUE", help="change how it is sampled")
+    parser.add_argument("--average", metavar="FILE", help="take the mean with these weights, of which MODEL was tuned")
     args = parser.parse_args(argv)
     args.model = model_file(args.model)
     if not is_own(args.model):
         raise UserError(f"{args.model}: not a model.safetensors that train.py wrote")
     check_outputs([("OUT", args.out)], [("MODEL", args.model)])
-    metadata = read_metadata(args.model)
+    metadata, weights = read_metadata(args.model), load_file(args.model)
+    if args.average:
+        weights = average(weights, metadata, args.average)
     if args.set:
         sampling = asdict(Config.from_dict(metadata["config"]).sampling)
         metadata["config"].update(apply_changes(dict(sampling=sampling), args.set))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
-        save_model(args.out, halve(load_file(args.model)), **metadata)
+        save_model(args.out, halve(weights), **metadata)
     print(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.1f} MB")
 
 
