@@ -52,8 +52,8 @@ from sample import Sampler
 
 COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
 MAY_CHANGE = {"workers", "log_every", "save_every", "keep_every", "sample_every", "prompts", "out", "accumulate",
-              "checkpointing", "zero", "compile", "ema_device", "precision",  # in a run that goes on; if equal inside:
-              "data", "vae", "base", "absorber", "clip_weights", "clip_model"}
+              "checkpointing", "zero", "compile", "ema_device", "precision",  # when a run goes on
+              "data", "vae", "base", "absorber", "clip_weights", "clip_model"}  # to files of the same hashes
 
 
 @dataclass
@@ -100,7 +100,7 @@ class TrainConfig:
     text_noise: float = 1.0               # deviation of what is added to a MiniLM's sentence, whose own is about one
     text_drop: float = 0.10               # the text alone is dropped where no frame is given
     given_text_drop: float = 0.5          # the text alone is dropped where frames are given
-    backwards: float = 0.0                # share of these clips, of frames and no text, that run backwards
+    backwards: float = 0.0                # share of the clips of frames and no text that run backwards
     other_text: float = 0.0               # the text is another sticker's, where frames are given
     timestep_shift: float = 1.0           # above 1: more timesteps of high noise, where text counts; 1: uniform (paper)
     cond_drop: float = 0.10               # the given frames alone are dropped
