@@ -192,8 +192,8 @@ def text_for(record, rng, word_dropout=0.2, keywords=0.5):
     if u < keywords and record["keywords"]:
         parts += record["keywords"]
         if u < keywords / 2:
-            parts = [*rng.permutation(record["keywords"])[:1 + rng.integers(len(record["keywords"]))],
-                     *([f"{record['style']} style"] if "style" in record else [])]
+            some = rng.permutation(record["keywords"])[:1 + rng.integers(len(record["keywords"]))]
+            parts = [*some, f"{record['style']} style"] if "style" in record else some
     words = ", ".join(parts).split()
     return " ".join("#" if u < word_dropout else word for u, word in zip(rng.random(len(words)), words))
 

@@ -206,7 +206,8 @@ class DFGNStage(Stage):
                  for u, n in zip(clips["draws"].tolist(), clips["n"].tolist())]
         task, masks, has_text, t, backwards, others = zip(*drawn)
         z = self.vae.standardise(z.flatten(0, 1)).unflatten(0, (-1, T))
-        z = torch.stack([clip.flip(0) if back else clip for clip, back in zip(z, backwards)])
+        for i in np.flatnonzero(backwards):
+            z[i] = z[i].flip(0)
         batch = dict(z0=z * loss_mask[:, :, None, None, None], t=torch.tensor(t), noise=clips["noise"][:, :T],
                      text=self.read_texts(clips, torch.tensor(has_text), others),
                      cond_mask=torch.from_numpy(np.stack(masks)), loss_mask=loss_mask)

@@ -475,10 +475,15 @@ def mirrored_job(folder, row):
     without the word would ask for either."""
     index = read_index(folder)
     record = index[row]
-    frames = np.stack([index.frames[record["first"] + i] for i in range(record["n"])])
-    style = {"style": f"mirrored {record['style']}" if "style" in record else "mirrored"}
-    return dict(labels_of(record), **style, caption=f"{record['caption']}, mirrored",
+    frames = index.frames[[record["first"] + i for i in range(record["n"])]]
+    return dict(labels_of(record), caption=f"{record['caption']}, mirrored",
+                style=f"mirrored {record.get('style', '')}".strip(),
                 source=(frames[:, :, ::-1], record["durations"]), keep=record.get("keyframe_idx", ()))
+
+
+# command: what the source is called, rows of the set that are taken, how one becomes a job
+OF_A_SET = {"long-tail": ("long tail of", lambda folder: range(len(read_index(folder))), long_tail_job),
+            "mirrored": ("mirrored", mirrored_rows, mirrored_job)}
 
 
 # ---- the command line of data.py
@@ -496,16 +501,12 @@ def source_of(o):
         return name, jobs, dict(licences=[LICENCES[style] for style in styles])
     if o.command == "synthetic":
         return f"synthetic {o.n}", lambda: synthetic_plans(o.n), dict(total=o.n, read=synthetic_job)
-    if o.command in ("long-tail", "mirrored"):
-        index = read_index(o.set)
+    if o.command in OF_A_SET:
+        name, rows_of, job = OF_A_SET[o.command]
+        index, rows = read_index(o.set), rows_of(o.set)
         o.size, o.most_frames = index.meta["size"], index.meta["most_frames"]
-    if o.command == "long-tail":
-        return (f"long tail of {index.meta['hash'][:12]}", lambda: range(len(index)),
-                dict(total=len(index), read=functools.partial(long_tail_job, o.set), licences=index.meta["licences"]))
-    if o.command == "mirrored":
-        rows = mirrored_rows(o.set)
-        return (f"mirrored {index.meta['hash'][:12]}", lambda: rows,
-                dict(total=len(rows), read=functools.partial(mirrored_job, o.set), licences=index.meta["licences"]))
+        return (f"{name} {index.meta['hash'][:12]}", lambda: rows,
+                dict(total=len(rows), read=functools.partial(job, o.set), licences=index.meta["licences"]))
     outside = ", files outside too" if o.allow_outside else ""
     if o.command == "vsd2m":
         digest, total = survey(o.manifest, o.root, o.limit, o.allow_outside, check=True)

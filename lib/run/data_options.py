@@ -8,8 +8,6 @@ from lib.media.vectors import JUDGING
 from lib.run.files import UserError
 from lib.run.options import check_least, check_most
 
-OF_A_SET = "long-tail", "mirrored"               # which have the size and the frames of their set
-
 
 def parse_options(doc, argv=None):
     """The options, checked. doc: of the script."""
@@ -36,12 +34,12 @@ def parse_options(doc, argv=None):
     for name in add:
         add[name]("--out", default=f"data/{name}", help="prepared set to write")
         add[name]("--workers", type=int, default=2, help="decoding processes")
-        if name not in OF_A_SET:
+        if name not in sources.OF_A_SET:     # which have those of their set
             add[name]("--size", type=int, default=64, help="pixels a side")
             add[name]("--most-frames", type=int, default=MAX_FRAMES, help="frames of a long clip in the set")
     o = parser.parse_args(argv)
     check_least(o, **{name: 1 for name in ("size", "workers", "most_frames", "n", "limit") if name in o})
-    if o.command not in OF_A_SET:
+    if o.command not in sources.OF_A_SET:
         check_most(o, size=1024, most_frames=MAX_DECODED)
     if not Path(o.out).name:
         raise UserError(f"--out {o.out}: name the folder to write")
