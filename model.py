@@ -566,6 +566,7 @@ PRESETS = {
         dfgn=DFGNConfig(channels=16, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_head_dim=8),
         sampling=TABLE6),
     "mini": Config(),  # 2 CPU cores, 64 px
+    "mini-128": Config("mini-128", vae=VAEConfig(size=128, patch=8, latent_channels=96), dfgn=DFGNConfig(channels=96)),
     "paper": Config(  # Table 6: 0.960 B parameters, 256 px, the VAE of Stable Diffusion
         name="paper",
         vae=SD_VAE,

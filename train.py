@@ -62,7 +62,7 @@ class TrainConfig:
     data: list = field(default_factory=lambda: ["data/fluent"])  # prepared sets (python data.py), trained on together
     groups: list = field(default_factory=list)  # emoji groups to train on; none named: all
     out: str = ""                         # run folder; default runs/<stage>
-    preset: str = "mini"                  # tiny, mini, paper
+    preset: str = "mini"                  # tiny, mini, mini-128, paper
     set: list = field(default_factory=list)  # fields of the preset to change, as part.field=value
     vae: str = "runs/vae/model.safetensors"  # VAE of the dfgn stage: of the vae stage, or Stable Diffusion's weights
     base: str = ""                        # weights to start from, of this preset and VAE; vae stage: tunes the decoder

@@ -87,6 +87,17 @@ def test_stable_diffusions_vae_gives_the_values_of_a_public_implementation(sd_va
         0.0720766], abs=1e-3)
 
 
+def test_128_px_change_nothing_but_what_meets_latents():
+    """So that --preset mini-128 can start from weights of 64 px, and costs about as much."""
+    small, large = PRESETS["mini"], PRESETS["mini-128"]
+    assert (large.vae.size, large.vae.side) == (128, small.vae.side)
+    with torch.device("meta"):
+        old, new = RDTF(small).state_dict(), RDTF(large).state_dict()
+    changed = {key for key in new if key not in old or new[key].shape != old[key].shape}
+    assert {key.rsplit(".", 1)[0] for key in changed if ".known." not in key} == {"dfgn.stem.conv", "dfgn.conv_out"}
+    assert old.keys() == new.keys() and any(".stem.known." in key for key in changed)
+
+
 def test_presets_and_changes_of_them():
     for config in PRESETS.values():
         assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
