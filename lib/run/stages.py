@@ -105,15 +105,17 @@ READS_TEXT = "text.", ".cross.to_kv.", ".text_pool."  # in the names of what mak
 def load_base(c, config, vae, tower):
     """Weights of the run --base, its vocabulary too; it must be of the same configuration and VAE (its names).
 
-    Where it has another text encoder or tower, all that reads the text starts anew; but not of what is tuned."""
+    Where it has another text encoder or tower, all that reads the text starts anew, and where its latents have other
+    channels, what meets them; but not of what is tuned."""
     meta, weights = read_own(c.base, "dfgn", "train one with `python train.py`")
     theirs = type(config).from_dict(meta["config"])
     same = (theirs.text.kind, meta.get("text", {}).get("hash")) == (config.text.kind, (tower or {}).get("hash"))
-    if meta["vae"] not in vae or not (same or c.method == "rdtf"):
+    fits = meta["vae"] in vae or (c.method == "rdtf" and theirs.dfgn.channels != config.dfgn.channels)
+    if not fits or not (same or c.method == "rdtf"):
         raise UserError(f"--base {c.base}: trained with another VAE or text tower than --vae or --clip-weights")
     for part in ("dfgn", "diffusion", *(["text"] if same else [])):
         check_equal(f"--base {c.base}", getattr(theirs, part), getattr(config, part),
-                    free=("vocab", "concepts", "given", *(() if same else ("text_width",))))
+                    free=("channels", "vocab", "concepts", "given", *(() if same else ("text_width",))))
     return weights if same else {k: w for k, w in weights.items() if not any(part in k for part in READS_TEXT)}
 
 
