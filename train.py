@@ -65,7 +65,7 @@ class TrainConfig:
     preset: str = "mini"                  # tiny, mini, mini-128, paper
     set: list = field(default_factory=list)  # fields of the preset to change, as part.field=value
     vae: str = "runs/vae/model.safetensors"  # VAE of the dfgn stage: of the vae stage, or Stable Diffusion's weights
-    base: str = ""                        # weights to start from, of this preset and VAE; vae stage: tunes the decoder
+    base: str = ""                        # weights to start from, of this VAE or another size; vae: tunes its decoder
     method: str = "rdtf"                  # rdtf (all is trained), or what tunes --base: see lib/nets/peft.py
     rank: int = 16                        # of LoRA
     absorber: str = ""                    # customize_a_video: model.safetensors of --method appearance_lora

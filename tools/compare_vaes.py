@@ -8,12 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import StickerSet  # noqa: E402
-from lib.media.pictures import check_sheet, contact_sheet, to_rgba, to_tensor  # noqa: E402
+from lib.media.pictures import check_sheet, contact_sheet, square, to_rgba, to_tensor  # noqa: E402
 from lib.metrics.distances import bootstrap, on_white  # noqa: E402
 from lib.metrics.tables import markdown, with_interval  # noqa: E402
 from lib.nets.autoencoder import load_vae  # noqa: E402
@@ -27,11 +26,6 @@ def shared_frames(large, small):
     return np.array([(a["first"] + i, b["first"] + i) for a, b in pairs for i in sorted({0, a["n"] // 2})], int)
 
 
-def enlarged(frames, size):
-    """(n, S, S, 4) uint8 -> (n, size, size, 4), bicubic; those of that size as they are."""
-    return np.stack([np.asarray(Image.fromarray(f).resize((size, size), Image.Resampling.BICUBIC)) for f in frames])
-
-
 @torch.no_grad()
 def round_trip(vae, frames, batch=16):
     """(n, S, S, 4) uint8 -> the same by mean latents."""
@@ -39,9 +33,9 @@ def round_trip(vae, frames, batch=16):
     return to_rgba(torch.cat([vae.decode(vae.encode(x)).clamp(-1, 1) for x in images]))
 
 
-def decibels(frames, real):
-    """PSNR on white of each of (n, S, S, 4) uint8."""
-    return -10 * np.log10(((on_white(frames) - on_white(real)) ** 2).mean((1, 2, 3)).clip(1e-10))
+def decibels(frames, white):
+    """PSNR of each of (n, S, S, 4) uint8 to (n, S, S, 3) in 0..1, on white."""
+    return -10 * np.log10(((on_white(frames) - white) ** 2).mean((1, 2, 3)).clip(1e-10))
 
 
 def main(argv=None):
@@ -61,10 +55,11 @@ def main(argv=None):
     size = sets[0].size
     real, small = (s.frames[n] for s, n in zip(sets, numbers.T, strict=True))
     found = {f"{size} px": real, f"{size} px by its VAE": round_trip(vaes[0], real),
-             f"{sets[1].size} px, enlarged": enlarged(small, size),
-             f"{sets[1].size} px by its VAE, enlarged": enlarged(round_trip(vaes[1], small), size)}
+             f"{sets[1].size} px, enlarged": square(small, size),
+             f"{sets[1].size} px by its VAE, enlarged": square(round_trip(vaes[1], small), size)}
     names = list(found)[1:]
-    values = {name: decibels(found[name], real) for name in names}
+    white = on_white(real)
+    values = {name: decibels(found[name], white) for name in names}
     gains = {name: v - values[names[0]] for name, v in values.items()}
     rows = [[name, *(with_interval(x.mean(), bootstrap(x)) for x in (values[name], gains[name]))] for name in names]
     rows[0][2] = "-"
