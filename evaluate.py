@@ -26,7 +26,7 @@ from data import TASKS, StickerSet, eval_mask
 from lib.media.index import SPLITS, Members
 from lib.media.pictures import contact_sheet, even_frames, to_rgba, to_tensor
 from lib.metrics import tables
-from lib.metrics.distances import by_clips, differences, on_white, paired_interval, psnr, ratio
+from lib.metrics.distances import by_clips, differences, movement, on_white, paired_interval, psnr, ratio
 from lib.metrics.extractors import extractors, features_of
 from lib.metrics.judge import same_sticker
 from lib.metrics.scores import DISTANCES, DISTANT, compare_distances, distances, mean_of
@@ -269,7 +269,7 @@ def measure_task(run, test, task, decoded, latents):
                 for name, x in shown.items()}
     errors = run.errors(task, test)[:, :, mask == 0].mean(2)
     scores = {"loss": denoising_loss(run.sampler, errors), "prediction error": errors[:, -1],
-              **test.scores(features["model"], task)}
+              "movement": movement(white), **test.scores(features["model"], task)}
     same = {name: test.same_sticker(folder, x, mask) for name, x in (("model", white), ("real", test.white))}
     if same["model"] is not None:
         scores.update({"same sticker": same["model"], "same sticker, real": same["real"]})
@@ -292,13 +292,14 @@ def measure(run, test):
                          for kind, task in kinds.items())
     protocol = (f"{args.split} split of {args.data}{groups}, n = {len(test.files)} concepts, seed {args.seed}; "
                 f"{settings}; {test.T} evenly spaced frames, {test.size} px, on white; 95 % intervals")
+    real = dict(movement=movement(test.white), **test.scores(test.real, "t2v"))
     report = dict(model=str(run.model), sha256=run.sha256, vae_sha256=run.vae_sha256,
                   step=run.sampler.meta["step"], n=len(test.files), seed=args.seed, split=args.split,
                   data=args.data, groups=args.groups, set=test.set_hash, files=test.files,
                   asked={name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None},
                   protocol=protocol, tasks=tasks,
                   metrics=[x.describe(test.T, test.size) for x in test.extractors],
-                  floor=test.floor, real={k: mean_of(v, args.seed) for k, v in test.scores(test.real, "t2v").items()})
+                  floor=test.floor, real={name: mean_of(v, args.seed) for name, v in real.items()})
     return report, made
 
 

@@ -168,6 +168,11 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
     for name in ("FD-app", "FD-mot"):
         less = task["fd"]["model"][name]["value"] - task["fd"]["blend"][name]["value"]
         assert task["fd_less"]["blend"][name]["value"] == pytest.approx(less)
+    run = evaluate.Run(world[1], evaluate.parse(command(world)))
+    test = evaluate.EvalSet(run.args)
+    for found, clips in ((report["real"], test.clips), (t2v["scores"], run.clips("t2v", test))):
+        moved = np.diff(evaluate.on_white(clips)[:, [*range(8), 0]], axis=1)
+        assert found["movement"]["clips"] == pytest.approx(np.sqrt((moved ** 2).mean((1, 2, 3, 4))), abs=1e-4)
     assert "| interpolation, model - blend in a loop | 6 |" in first and "| error / t2v's on the same frames |" in first
     with Image.open(sheet) as image:
         assert image.height > 6 * 2 * 2 * 32
