@@ -5,9 +5,10 @@ import torch
 
 from lib.media.prepare import prepare
 from lib.media.sources import draw_shape, split_of
+from lib.media.vectors import JUDGING
 from lib.metrics import judge
 from lib.metrics.judge import Judge, JudgeExtractor, load_judge, same_sticker
-from lib.nets.weights import save_model
+from lib.nets.weights import read_metadata, save_model
 from lib.run.files import UserError
 from tools import train_judge
 
@@ -89,6 +90,13 @@ def test_places_are_by_the_hands_that_are_named(drawings, tmp_path):
     assert not torch.allclose(net.places, train_judge.embed(net, found, [n - 14 for n in numbers]), atol=1e-2)
     with pytest.raises(UserError, match="--places openmoji: .* has no drawing in such a style"):
         train_judge.main([*argv, "--places", "openmoji"])
+
+
+def test_the_other_shipped_judge_asks_hands_that_no_generator_sees():
+    for name in (judge.SHIPPED.name, "judge-ten.safetensors"):
+        net = load_judge(judge.SHIPPED.with_name(name))
+        assert len(net.concepts) > 1300 and torch.allclose(net.places.float().norm(dim=1), torch.ones(1), atol=1e-2)
+    assert set(read_metadata(judge.SHIPPED.with_name(name))["made_by"]["places"]) == set(JUDGING)
 
 
 def test_who_is_recognised_by_hand():

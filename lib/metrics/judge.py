@@ -2,7 +2,9 @@
 
 tools/train_judge.py trains it on emoji stills: two drawings of one concept in two styles attract each other (InfoNCE,
 van den Oord et al. 2018). A concept's place is the mean embedding of its drawings by some hands, in the shipped file
-Noto and Twemoji, so a sticker in Fluent's style is judged by other hands, whether its concept was trained on or not."""
+Noto and Twemoji, so a sticker in Fluent's style is judged by other hands, whether its concept was trained on or not.
+The shipped DFGN saw these two, so of a new concept it draws what they show: checkpoints/judge-ten.safetensors, whose
+places are by hands that no generator sees, recognises fewer of those (docs/results.md)."""
 from pathlib import Path
 
 import numpy as np
