@@ -182,8 +182,6 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
     monkeypatch.setattr(extractors.StandinExtractor, "__call__", lambda *_: pytest.fail("extracted again"))
     evaluate.main(command(world, "--out", world[1] / "again.json"))
     assert json.loads((world[1] / "again.json").read_text()) == report
-    run = evaluate.Run(world[1], args := evaluate.parse(command(world)))
-    test = evaluate.EvalSet(args)
     run.clips("t2v", test)
     run.vae_sha256 = "another decoder"
     with pytest.raises(pytest.fail.Exception, match="sampled again"):
