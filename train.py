@@ -143,10 +143,6 @@ class DFGNStage(Stage):
             words = (self.base or {}).get("text.vocabulary")
             self.vocabulary = torch.as_tensor(data.vocabulary(self.stickers.records) if words is None else words)
             self.preset.text.vocab = len(self.vocabulary)
-        elif self.preset.text.kind == "minilm":
-            text = self.preset.text          # what is tuned keeps its base's concepts
-            text.concepts = (min(len(self.stickers.members) + 1, text.concepts) if config.method == "rdtf" else
-                             len(self.base["text.concepts"]))
         self.prompts = read_prompts(config.prompts) if config.sample_every else []
 
     def prepare(self):
@@ -166,12 +162,22 @@ class DFGNStage(Stage):
             self.texts = data.StickerTexts(self.stickers, c.text_variants, c.seed, c.word_dropout, c.keywords)
             self.features = cache_features(c.data[0], self.tower, self.preset.text.width, self.texts, self.device)
 
+    def concepts(self):
+        """The learnt concepts' sentences: the base's, then, unless it is tuned, those of the set that it has not."""
+        known = (self.base or {}).get("text.concepts")
+        if self.config.method != "rdtf":
+            return known
+        return learnt_concepts(self.features, self.texts, self.preset.text.concepts, known)
+
     def network(self, fresh):
+        sentences = self.concepts() if self.preset.text.kind == "minilm" else None
+        if sentences is not None:
+            self.preset.text.concepts = len(sentences)
         net = RDTF(self.preset)
-        if fresh and self.preset.text.kind == "minilm" and self.config.method == "rdtf":
-            net.text.concepts.copy_(learnt_concepts(self.features, self.texts, self.preset.text.concepts))
-            if self.base:                     # of this set, not of the base's
-                self.base["text.concepts"] = net.text.concepts
+        if sentences is not None:
+            net.text.concepts.copy_(sentences)
+            if self.base:
+                self.base["text.concepts"] = sentences
         if fresh and self.base:
             new = load_fitting(net, self.base, self.config.base, self.rank == 0)
             silence(net.dfgn, new)

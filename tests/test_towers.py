@@ -127,6 +127,24 @@ def test_concepts_are_the_means_of_their_texts(words_dfgn, minilm, stickers16):
     assert learnt_concepts(features, few, 99).tolist() == [[0, 1], [4, 5], [4, 5], [8, 9], [10, 11]]
     assert learnt_concepts(features, few, 3).tolist() == [[0, 1], [4, 5], [8, 9]]
     assert learnt_concepts(features, few, 1).tolist() == [[0, 1]]
+    base = torch.tensor([[0, 1], [-3.9, 1]])                                      # 8 and less from it is one concept
+    assert learnt_concepts(features, few, 99, base).tolist() == [*base.tolist(), [8, 9], [10, 11]]
+    assert learnt_concepts(features, few, 3, base).tolist() == [*base.tolist(), [8, 9]]
+    assert learnt_concepts(features, few, 1, base).tolist() == [[0, 1]]
+
+
+def test_what_goes_on_from_weights_keeps_their_concepts(stickers16, dfgn_argv, tmp_path):
+    """Behind them come the concepts that are new; those of a set that they were trained on are none."""
+    groups = data.StickerSet(stickers16).meta["groups"]
+
+    def concepts(name, *options):
+        run_train(*dfgn_argv, "--steps", 1, "--text-variants", 1, "--set", *FIELDS, "--out", tmp_path / name, *options)
+        return load_rdtf(tmp_path / name / "model.safetensors")[0].text.concepts
+    few, whole = concepts("few", "--groups", *groups[1:]), concepts("whole")
+    both = concepts("both", "--base", tmp_path / "few/model.safetensors")
+    same = concepts("same", "--base", tmp_path / "whole/model.safetensors", "--groups", groups[0])
+    assert len(few) < len(both) and torch.equal(both[:len(few)], few) and torch.equal(same, whole)
+    assert torch.cdist(whole, both).amin(1).max() < 8 and torch.cdist(few, both[len(few):]).min() > 8
 
 
 def first_batches(config, n):

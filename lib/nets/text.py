@@ -7,6 +7,7 @@ from lib.media.pictures import even_frames
 from lib.nets.layers import GEGLU, Attention
 from lib.nets.towers import MiniLM, clip_tokenizer
 
+SAME = 64.0                                      # squared distance below which two sentences are of one concept
 END = 49407                                      # open_clip's token after a caption
 UNKNOWN = 258                                    # its token of the word "#"
 
@@ -54,17 +55,20 @@ class SentenceEncoder(Blocks):
         return self.blocks(x.unflatten(-1, (self.tokens, self.width))), None
 
 
-def learnt_concepts(features, texts, most):
+def learnt_concepts(features, texts, most, base=None):
     """Sentences (n <= most, 384) for SentenceEncoder: of "", then the mean of each concept's texts.
 
-    features (texts, 384) as cached; texts: data.StickerTexts. Of more concepts than fit, evenly spaced ones are
-    taken."""
+    features (texts, 384) as cached; texts: data.StickerTexts. base (m, 384): the sentences of weights to start from,
+    which stay; behind them come those of concepts that are none of theirs. Of more concepts than fit, evenly spaced
+    ones are taken."""
     members = texts.stickers.members
-    found = [features[0]]
-    for concept in even_frames(len(members), most - 1):
-        own = [row for i in members[concept] for row in texts.rows(int(i))]
-        found.append(features[own].mean(0, dtype=np.float64))
-    return torch.from_numpy(np.stack(found).astype(np.float32))
+    rows = [[row for i in numbers for row in texts.rows(int(i))] for numbers in members]
+    means = [features[own].mean(0, dtype=np.float64) for own in rows]
+    found = torch.from_numpy(np.stack(means).astype(np.float32))
+    known = torch.from_numpy(np.asarray(features[:1], np.float32)) if base is None else base.float()[:most]
+    if base is not None:
+        found = found[torch.cdist(found, known).square().amin(1) > SAME]
+    return torch.cat([known, found[even_frames(len(found), most - len(known))]])
 
 
 class TextEncoder(Blocks):
