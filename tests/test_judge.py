@@ -92,6 +92,19 @@ def test_places_are_by_the_hands_that_are_named(drawings, tmp_path):
         train_judge.main([*argv, "--places", "openmoji"])
 
 
+def test_a_judge_goes_on_from_another(drawings, tmp_path):
+    """All but the places, which are of the concepts and hands that are asked for."""
+    files = [tmp_path / name for name in ("base.safetensors", "on.safetensors")]
+    argv = ["--data", str(drawings), "--steps", "1", "--batch", "4", "--out"]
+    train_judge.main([*argv, str(files[0]), "--places", "noto"])
+    train_judge.main([*argv, str(files[1]), "--places", "fluent", "--base", str(files[0]), "--lr", "1e-9"])
+    base, on = map(load_judge, files)
+    assert all(torch.allclose(w, dict(on.named_parameters())[name], atol=1e-6) for name, w in base.named_parameters())
+    assert (len(base.places), len(on.places)) == (8, 7)
+    with pytest.raises(UserError, match="--base .*none: no such file"):
+        train_judge.main([*argv, str(files[1]), "--base", str(tmp_path / "none")])
+
+
 def test_the_other_shipped_judge_asks_hands_that_no_generator_sees():
     other = judge.SHIPPED.with_name("judge-ten.safetensors")
     for file in (judge.SHIPPED, other):

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import StickerSet  # noqa: E402
 from lib.media.sources import split_of  # noqa: E402
 from lib.metrics.distances import bootstrap, on_white, to_signed  # noqa: E402
-from lib.metrics.judge import Judge  # noqa: E402
+from lib.metrics.judge import Judge, load_judge  # noqa: E402
 from lib.nets.cpu import keep_memory  # noqa: E402
 from lib.nets.weights import save_model  # noqa: E402
 from lib.run.draws import rng_for  # noqa: E402
@@ -114,6 +114,7 @@ def main(argv=None):
     add("--data", default="data/emoji", help="a set of `python data.py emoji` (default: %(default)s)")
     add("--places", nargs="+", default=["noto", "twemoji"], metavar="STYLE",
         help="whose drawings are a concept's place (default: noto twemoji)")
+    add("--base", help="a judge to start from, with another --seed: the same one draws the same pictures again")
     add("--out", default="checkpoints/judge.safetensors", help="default: %(default)s")
     add("--steps", type=int, default=6000, help="default: %(default)s")
     add("--batch", type=int, default=128, help="concepts a step (default: %(default)s)")
@@ -123,13 +124,15 @@ def main(argv=None):
         "(default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     o = parser.parse_args(argv)
-    check_outputs([("--out", o.out)])
+    check_outputs([("--out", o.out)], [("--base", o.base)])
     keep_memory()
     drawings = Drawings(o.data)
     torch.manual_seed(o.seed)
     net = Judge(sorted(name for name, styles in drawings.of.items() if set(o.places) & styles.keys()))
     if not net.concepts:
         raise UserError(f"--places {' '.join(o.places)}: {o.data} has no drawing in such a style")
+    if o.base:
+        net.load_state_dict(dict(load_judge(o.base, "--base").named_parameters()), strict=False)     # not the places
     optimizer = torch.optim.AdamW(net.parameters(), o.lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, o.lr, total_steps=o.steps, pct_start=0.1)
     size = sum(p.numel() for p in net.parameters()) / 1e6

@@ -60,17 +60,17 @@ class Judge(nn.Module):
         return np.where(own < 0, np.nan, (nearest == own).astype(float))
 
 
-def load_judge(path=SHIPPED):
-    """The Judge in a file of tools/train_judge.py, in eval mode. UserError for any other file."""
-    weights = read_weights(path, "--judge")
+def load_judge(path=SHIPPED, option="--judge"):
+    """The Judge in a file of tools/train_judge.py, in eval mode. UserError for any other file; it names the option."""
+    weights = read_weights(path, option)
     try:
         metadata = read_metadata(path)
         net = Judge(metadata["concepts"]) if metadata["kind"] == "judge" else None
     except Exception:                            # a file of another kind may raise nearly anything
         net = None
     if net is None:
-        raise UserError(f"--judge {path}: not a file that tools/train_judge.py wrote")
-    return load_strict(net, weights, "--judge", path)
+        raise UserError(f"{option} {path}: not a file that tools/train_judge.py wrote")
+    return load_strict(net, weights, option, path)
 
 
 def same_sticker(unknown, given):
