@@ -26,7 +26,7 @@ from data import TASKS, StickerSet, eval_mask
 from lib.media.index import SPLITS, Members
 from lib.media.pictures import contact_sheet, even_frames, to_rgba, to_tensor
 from lib.metrics import tables
-from lib.metrics.distances import by_clips, differences, movement, on_white, paired_interval, psnr, ratio
+from lib.metrics.distances import by_clips, differences, on_white, paired_interval, psnr, ratio
 from lib.metrics.extractors import extractors, features_of
 from lib.metrics.judge import same_sticker
 from lib.metrics.scores import DISTANCES, DISTANT, compare_distances, distances, mean_of
@@ -209,11 +209,11 @@ class EvalSet:
         shown = to_bytes(white[:, mask == 0]), to_bytes(self.white[:, mask > 0])
         return same_sticker(*(features_of(self.extractors, folder, x, {"judge"})["judge"] for x in shown))
 
-    def scores(self, features, white, task):
-        """{metric: (N,)} of all metrics that have a value for each clip. white: float clips; features: theirs."""
+    def scores(self, features, task):
+        """{metric: (N,)} of all metrics that have a value for each clip. features: {extractor: those of the clips}."""
         told = dict(captions=self.captions, concepts=self.concepts, task=task)
         found = [x.scores(features[x.name], **told) for x in self.extractors if x.name in features]
-        return {"movement": movement(white), **{name: values for scores in found for name, values in scores.items()}}
+        return {name: values for scores in found for name, values in scores.items()}
 
 
 # ---- numbers
@@ -269,7 +269,7 @@ def measure_task(run, test, task, decoded, latents):
                 for name, x in shown.items()}
     errors = run.errors(task, test)[:, :, mask == 0].mean(2)
     scores = {"loss": denoising_loss(run.sampler, errors), "prediction error": errors[:, -1],
-              **test.scores(features["model"], white, task)}
+              **test.scores(features["model"], task)}
     same = {name: test.same_sticker(folder, x, mask) for name, x in (("model", white), ("real", test.white))}
     if same["model"] is not None:
         scores.update({"same sticker": same["model"], "same sticker, real": same["real"]})
@@ -292,7 +292,7 @@ def measure(run, test):
                          for kind, task in kinds.items())
     protocol = (f"{args.split} split of {args.data}{groups}, n = {len(test.files)} concepts, seed {args.seed}; "
                 f"{settings}; {test.T} evenly spaced frames, {test.size} px, on white; 95 % intervals")
-    real = test.scores(test.real, test.white, "t2v")
+    real = test.scores(test.real, "t2v")
     report = dict(model=str(run.model), sha256=run.sha256, vae_sha256=run.vae_sha256,
                   step=run.sampler.meta["step"], n=len(test.files), seed=args.seed, split=args.split,
                   data=args.data, groups=args.groups, set=test.set_hash, files=test.files,

@@ -71,16 +71,6 @@ def test_extrapolation_is_near_the_truth_and_knows_its_error():
         extrapolate(a[:31], b)
 
 
-def test_movement_by_hand():
-    clips = np.zeros((2, 4, 2, 2, 3), np.float32)
-    clips[1, 1], clips[1, 2] = 0.6, 0.6          # there and back: two of four changes, the last to the first among them
-    assert distances.movement(clips).tolist() == pytest.approx([0, np.sqrt(2 * 0.36 / 4)])
-    clips[1, 3] = 0.6                            # the way back is where the loop closes
-    assert distances.movement(clips)[1] == pytest.approx(np.sqrt(2 * 0.36 / 4))
-    clips[1] += np.linspace(0, 0.3, 12).reshape(2, 2, 3)      # what does not change does not count
-    assert distances.movement(clips)[1] == pytest.approx(np.sqrt(2 * 0.36 / 4))
-
-
 def test_psnr_and_what_networks_see_by_hand():
     x = np.zeros((3, 2, 4, 4, 3), np.float32)
     y = x + np.array([0.1, 0.5, 0], np.float32).reshape(3, 1, 1, 1, 1)

@@ -239,7 +239,7 @@ def test_whole_run_with_weights(world, clip_folder, tmp_path, capsys, monkeypatc
         assert word in text
     scores = report["tasks"]["it2v"]["scores"]
     assert scores["VQA"]["mean"] == pytest.approx(0.5, abs=1e-4) and scores["CLIP image"]["mean"] <= 1.0001
-    assert report["floor"]["FVD"]["value"] > 0 and len(report["metrics"]) == 4
+    assert report["floor"]["FVD"]["value"] > 0 and len(report["metrics"]) == 5
 
 
 # ---- runs side by side, the paper's tables

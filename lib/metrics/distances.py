@@ -158,13 +158,6 @@ def psnr(errors):
     return float(-10 * np.log10(max(np.mean(errors, dtype=np.float64), 10 ** (-PSNR_CAP / 10))))
 
 
-def movement(clips):
-    """(N, T, S, S, 3) floats -> (N,): root of the mean squared change from a frame to the next, from the last to the
-    first, as stickers loop. How much moves, not how: the real clips' mean is what a model's is to be compared with."""
-    change = np.roll(clips, -1, 1) - clips
-    return np.sqrt((change ** 2).mean((1, 2, 3, 4), dtype=np.float64))
-
-
 def on_white(rgba):
     """(..., 4) uint8 straight RGBA -> (..., 3) float32 in 0..1."""
     x = rgba.astype(np.float32) / 255

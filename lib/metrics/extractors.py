@@ -9,16 +9,17 @@ from lib.metrics.clip import CLIPExtractor
 from lib.metrics.dover import DOVERExtractor
 from lib.metrics.i3d import I3DExtractor
 from lib.metrics.judge import JudgeExtractor
+from lib.metrics.movement import MovementExtractor
 from lib.metrics.standins import StandinExtractor
 from lib.run.files import UserError, cache_path, file_hash, rows
 
 
 def extractors(args, T, concepts=()):
-    """All that looks at clips of these concepts: the stand-ins, and the published networks whose weights are named."""
+    """All that looks at clips of these concepts: what needs no weights, and the networks whose weights are named."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if (args.i3d_eps or args.i3d_trust or args.i3d_frames != "loop") and not args.i3d:
         raise UserError("--i3d-eps, --i3d-trust and --i3d-frames: name the weights with --i3d FILE")
-    found = [StandinExtractor(device)]
+    found = [StandinExtractor(device), MovementExtractor()]
     if args.judge and (judge := JudgeExtractor(args.judge, device)).knows(concepts):
         found.append(judge)
     if args.i3d:
