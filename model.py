@@ -70,6 +70,7 @@ class DiffusionConfig:
 @dataclass
 class SamplingConfig:                     # what sample.py does unless it is told otherwise
     steps: int = 10                       # of DDIM
+    order: int = 2                        # 2: steps of second order (DPM-Solver++, 2M); 1: DDIM's (paper)
     eta: float = 0.0                      # fresh noise: 0 none, 1 as much as DDPM
     text_scale: float = 3.0               # text guidance where no frame is given
     given_text_scale: float = 1.0         # text guidance where frames are given
@@ -557,7 +558,7 @@ class RDTF(nn.Module):
 
 
 # ---- presets, files
-TABLE6 = SamplingConfig(steps=50, eta=1.0, text_scale=7.5, given_text_scale=7.5, image_scale=7.5)
+TABLE6 = SamplingConfig(steps=50, order=1, eta=1.0, text_scale=7.5, given_text_scale=7.5, image_scale=7.5)
 
 PRESETS = {
     "tiny": Config(  # tests: seconds

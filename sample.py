@@ -30,7 +30,7 @@ from lib.run.sample_options import parse_options
 from model import load_rdtf
 
 SHIPPED = Path(__file__).parent / "checkpoints/mini.safetensors"
-SETTINGS = "steps", "eta", "text_scale", "image_scale"  # options; their defaults are the model's, see SamplingConfig
+SETTINGS = "steps", "order", "eta", "text_scale", "image_scale"  # options, by default as the model says
 
 
 # ---- guidance and DDIM
@@ -73,7 +73,20 @@ def ddim_step(diffusion, z_t, eps, t, t_next, eta, noise):
     return a_next ** 0.5 * z0 + max(1 - a_next - sigma ** 2, 0.0) ** 0.5 * eps + sigma * noise
 
 
-def ddim(net, text, empty, known, cond_mask, rngs, steps, eta, text_scale, image_scale):
+def extrapolated(diffusion, z_t, eps, t_last, z0_last, t, t_next):
+    """(eps of a step of second order, z0 at z_t): z0 half-way to t_next, on the line through this one and the step's
+    before in log(signal / sigma), as DPM-Solver++(2M) takes it (Lu et al. 2022). z0_last None: there was none."""
+    a = diffusion.alphas_cumprod
+    place = {i: float((a[i] / (1 - a[i])).log()) / 2 for i in (t_last, t, t_next) if i >= 0}
+    signal, sigma = float(a[t]) ** 0.5, float(1 - a[t]) ** 0.5
+    z0 = (z_t - sigma * eps) / signal
+    if z0_last is None or t_next < 0:
+        return eps, z0
+    share = (place[t_next] - place[t]) / (place[t] - place[t_last]) / 2
+    return eps - signal / sigma * share * (z0 - z0_last), z0
+
+
+def ddim(net, text, empty, known, cond_mask, rngs, steps, order, eta, text_scale, image_scale):
     """Latents (B, T, c, h, w) from noise. known, cond_mask as in RDTF.eps; rngs: one numpy Generator a sample.
 
     text, empty: the prompts and "", as RDTF.encode_text gives them, of one length; text None: nothing is said."""
@@ -83,11 +96,12 @@ def ddim(net, text, empty, known, cond_mask, rngs, steps, eta, text_scale, image
         return torch.from_numpy(np.stack([g.standard_normal(shape, np.float32) for g in rngs])).to(device)
     terms = branches(text_scale, image_scale, text is not None, bool(cond_mask.any()))
     text = text or empty
-    z, order = draw(), timesteps(net.config.diffusion.steps, steps)
-    for t, t_next in zip(order, [*order[1:], -1]):
-        at = torch.full((len(z),), int(t), device=device)
-        eps = guided_eps(net, z, at, text, empty, known, cond_mask, terms)
-        z = ddim_step(net.diffusion, z, eps, int(t), int(t_next), eta, draw() if eta > 0 else 0.0)
+    z, path, z0 = draw(), timesteps(net.config.diffusion.steps, steps).tolist(), None
+    for t_last, t, t_next in zip([-1, *path], path, [*path[1:], -1]):
+        eps = guided_eps(net, z, torch.full((len(z),), t, device=device), text, empty, known, cond_mask, terms)
+        if order == 2:
+            eps, z0 = extrapolated(net.diffusion, z, eps, t_last, z0, t, t_next)
+        z = ddim_step(net.diffusion, z, eps, t, t_next, eta, draw() if eta > 0 else 0.0)
     return z
 
 
@@ -110,14 +124,17 @@ class Sampler:
         self.T, self.size = net.config.frames, net.config.vae.size
 
     def settings(self, given, **changes):
-        """Steps, eta and guidance scales of the model, given: where frames are given; None changes nothing."""
+        """Steps, order, eta and guidance scales of the model, given: where frames are given; None changes nothing."""
         defaults = asdict(self.config.sampling)
         with_frames = defaults.pop("given_text_scale")
         if given:
             defaults["text_scale"] = with_frames
         if changes.get("eta") is not None and not 0 <= changes["eta"] <= 1:
             raise UserError(f"--eta {changes['eta']}: choose 0 (no fresh noise) to 1 (as much as DDPM)")
-        return {k: defaults[k] if changes.get(k) is None else changes[k] for k in defaults}
+        found = {k: defaults[k] if changes.get(k) is None else changes[k] for k in defaults}
+        if found["order"] not in (1, 2):
+            raise UserError(f"sampling.order {found['order']}: choose 1 (DDIM) or 2")
+        return found
 
     def text(self, prompts):
         """Tokens of prompts, or a tower's features of them, on the device: what RDTF.encode_text takes."""

@@ -152,7 +152,7 @@ def test_whole_run_and_cached_second_run(world, capsys, monkeypatch):
     first, report = capsys.readouterr().out, json.loads((world[1] / "eval.json").read_text())
     assert list(report["tasks"]) == list(TASKS) and report["n"] == 6 and report["step"] == 7
     assert report["asked"] == dict(steps=2)
-    assert report["tasks"]["it2v"]["sampler"] == dict(steps=2, eta=1.0, text_scale=7.5, image_scale=7.5)
+    assert report["tasks"]["it2v"]["sampler"] == dict(steps=2, order=1, eta=1.0, text_scale=7.5, image_scale=7.5)
     for word in ("step 7", "n = 6 concepts", "seed 0", "8 evenly spaced frames, 16 px, on white", "FD-app",
                  "real, other concepts"):
         assert word in first

@@ -18,7 +18,7 @@ from lib.media.pictures import read_animation, square, write_animation
 from lib.nets.weights import save_model
 from lib.run.files import UserError, file_hash
 from model import PRESETS, RDTF, VAE, Diffusion, DiffusionConfig, SamplingConfig, load_rdtf, preset
-from sample import Sampler, branches, ddim, ddim_step, guided_eps, place_frames, timesteps
+from sample import Sampler, branches, ddim, ddim_step, extrapolated, guided_eps, place_frames, timesteps
 
 
 def make_model(folder, config=PRESETS["tiny"]):
@@ -51,19 +51,43 @@ def run(tiny_dfgn, tmp_path, monkeypatch):
 
 
 # ---- DDIM
-@pytest.mark.parametrize("s, eta", [(0.5, 0.0), (1.5, 1.0)])
-def test_ddim_returns_the_variance_of_gaussian_data(s, eta):
+def sampled_variance(s, steps, order, eta):
+    """(variance, mean) of what the best network would draw where the data are N(0, s^2)."""
     config = DiffusionConfig(beta_start=0.0001)                              # a fine end, for 1000 steps
     diffusion, known = Diffusion(config), torch.zeros(2, 8, 4, 32, 32)
 
     def posterior_mean(z_t, t, *_):
-        """Of the noise: what the best network would predict where the data are N(0, s^2)."""
+        """Of the noise."""
         a = diffusion.alphas_cumprod[t][:, None, None, None, None].to(z_t.dtype)
         return (1 - a).sqrt() * z_t / (a * s ** 2 + 1 - a)
     net = SimpleNamespace(diffusion=diffusion, config=SimpleNamespace(diffusion=config), eps=posterior_mean)
     rngs = [np.random.default_rng((7, k)) for k in range(2)]
-    z = ddim(net, None, (torch.zeros(2, 1, 1), None), known, torch.zeros(2, 8), rngs, 1000, eta, 1.0, 1.0)
-    assert z.var().item() == pytest.approx(s ** 2, rel=0.02) and abs(z.mean().item()) < 0.02 * s
+    z = ddim(net, None, (torch.zeros(2, 1, 1), None), known, torch.zeros(2, 8), rngs, steps, order, eta, 1.0, 1.0)
+    return z.var().item(), z.mean().item()
+
+
+@pytest.mark.parametrize("s, order, eta", [(0.5, 1, 0.0), (1.5, 1, 1.0), (0.5, 2, 0.0), (1.5, 2, 1.0)])
+def test_steps_return_the_variance_of_gaussian_data(s, order, eta):
+    variance, mean = sampled_variance(s, 1000, order, eta)
+    assert variance == pytest.approx(s ** 2, rel=0.02) and abs(mean) < 0.02 * s
+
+
+def test_steps_of_second_order_lose_less_variance():
+    for s in (0.5, 2.0):
+        (first, _), (second, _) = (sampled_variance(s, 10, order, 0.0) for order in (1, 2))
+        assert first < 0.9 * s ** 2 and abs(second - s ** 2) < 0.7 * abs(first - s ** 2)
+
+
+def test_a_step_of_second_order_by_hand():
+    """z0 moves from 1 to 2 over the last step, a distance of 1.5 in log(signal / sigma); half of the next is 0.5."""
+    places = torch.tensor([0.5, -0.5, -2.0], dtype=torch.float64)
+    diffusion = SimpleNamespace(alphas_cumprod=torch.sigmoid(2 * places))
+    signal, sigma = diffusion.alphas_cumprod[1].sqrt().item(), (1 - diffusion.alphas_cumprod[1]).sqrt().item()
+    z_t, eps = torch.full((1,), 3.0), torch.full((1,), (3.0 - 2 * signal) / sigma)
+    found, z0 = extrapolated(diffusion, z_t, eps, 2, torch.ones(1), 1, 0)
+    assert z0.item() == pytest.approx(2) and found.item() == pytest.approx((3.0 - signal * (2 + 0.5 / 1.5)) / sigma)
+    for last, t_next in ((None, 0), (torch.ones(1), -1)):
+        assert extrapolated(diffusion, z_t, eps, 2, last, 1, t_next)[0] is eps
 
 
 def test_one_step_by_hand():
@@ -98,7 +122,7 @@ def test_sample_k_is_the_same_at_any_batch_size(sampler):
         rngs = [np.random.default_rng((seed, k)) for k in ks]
         with torch.no_grad():
             texts = sampler.read([prompts[k] for k in ks])
-            return ddim(sampler.net, *texts, known[ks], mask[ks], rngs, 5, 1.0, 3.0, 2.0)
+            return ddim(sampler.net, *texts, known[ks], mask[ks], rngs, 5, 2, 1.0, 3.0, 2.0)
     batch = latents([0, 1, 2, 3])
     for k in range(4):
         assert torch.allclose(latents([k])[0], batch[k], atol=1e-4 * batch.abs().max().item())
@@ -135,13 +159,16 @@ def test_guidance_is_the_three_term_formula(sampler):
 
 
 def test_settings_are_the_models_by_what_is_given():
-    config = replace(PRESETS["tiny"], sampling=SamplingConfig(7, 0.5, 2.0, 1.5, 1.25))
+    config = replace(PRESETS["tiny"], sampling=SamplingConfig(7, 2, 0.5, 2.0, 1.5, 1.25))
     settings = functools.partial(Sampler.settings, SimpleNamespace(config=config))
-    assert settings(False) == dict(steps=7, eta=0.5, text_scale=2.0, image_scale=1.25)
-    assert settings(True) == dict(steps=7, eta=0.5, text_scale=1.5, image_scale=1.25)
-    assert settings(True, text_scale=0, eta=None, steps=3) == dict(steps=3, eta=0.5, text_scale=0, image_scale=1.25)
+    assert settings(False) == dict(steps=7, order=2, eta=0.5, text_scale=2.0, image_scale=1.25)
+    assert settings(True) == dict(steps=7, order=2, eta=0.5, text_scale=1.5, image_scale=1.25)
+    assert settings(True, text_scale=0, eta=None, steps=3, order=1) == dict(steps=3, order=1, eta=0.5, text_scale=0,
+                                                                            image_scale=1.25)
+    with pytest.raises(UserError, match=r"sampling.order 3: choose 1 \(DDIM\) or 2"):
+        settings(False, order=3)
     paper = Sampler.settings(SimpleNamespace(config=PRESETS["paper"]), True)             # Table 6
-    assert paper == dict(steps=50, eta=1.0, text_scale=7.5, image_scale=7.5)
+    assert paper == dict(steps=50, order=1, eta=1.0, text_scale=7.5, image_scale=7.5)
 
 
 # ---- given frames

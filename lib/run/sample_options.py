@@ -20,8 +20,9 @@ def parse_options(doc, tasks, argv=None):
     parser.add_argument("--num", type=int, default=1, help="stickers per prompt")
     parser.add_argument("--batch", type=int, default=8, help="stickers made at once; changes speed and memory alone")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="DDIM steps; this and the next three are the model's by default "
+    parser.add_argument("--steps", type=int, help="DDIM steps; this and the next four are the model's by default "
                         "(paper 50; mini 10)")
+    parser.add_argument("--order", type=int, choices=(1, 2), help="of the steps (paper 1; mini 2)")
     parser.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1 (paper 1; mini 0)")
     parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 3, 1 where frames are given)")
     parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 2)")
