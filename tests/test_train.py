@@ -474,6 +474,9 @@ def test_every_option_may_change_or_may_not(tiny_dfgn):
             ("model", replace(preset("tiny"), frames=4).to_dict(), "when frames was 8, it is 4")):
         with pytest.raises(UserError, match=said):
             check(part, **changed)
+    assert check("model", text=dict(config["model"]["text"], concepts=7))[1] == []      # of a run before it was a limit
+    with pytest.raises(UserError, match="when text.width was 16, it is 7"):
+        check("model", text=dict(config["model"]["text"], width=7))
     with pytest.raises(UserError, match="--precision fp8: .* was started in"):
         check_same_config(tiny_dfgn, dict(config, precision="fp8"), train.MAY_CHANGE, {})
     assert check_same_config(tiny_dfgn, dict(config, world=2), train.MAY_CHANGE, {})[1] == ["2 processes instead of 1"]
