@@ -292,14 +292,13 @@ def measure(run, test):
                          for kind, task in kinds.items())
     protocol = (f"{args.split} split of {args.data}{groups}, n = {len(test.files)} concepts, seed {args.seed}; "
                 f"{settings}; {test.T} evenly spaced frames, {test.size} px, on white; 95 % intervals")
-    real = test.scores(test.real, "t2v")
     report = dict(model=str(run.model), sha256=run.sha256, vae_sha256=run.vae_sha256,
                   step=run.sampler.meta["step"], n=len(test.files), seed=args.seed, split=args.split,
                   data=args.data, groups=args.groups, set=test.set_hash, files=test.files,
                   asked={name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None},
                   protocol=protocol, tasks=tasks,
                   metrics=[x.describe(test.T, test.size) for x in test.extractors],
-                  floor=test.floor, real={name: mean_of(v, args.seed) for name, v in real.items()})
+                  floor=test.floor, real={k: mean_of(v, args.seed) for k, v in test.scores(test.real, "t2v").items()})
     return report, made
 
 

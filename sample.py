@@ -77,13 +77,12 @@ def extrapolated(diffusion, z_t, eps, t_last, z0_last, t, t_next):
     """(eps of a step of second order, z0 at z_t): z0 half-way to t_next, on the line through this one and the step's
     before in log(signal / sigma), as DPM-Solver++(2M) takes it (Lu et al. 2022). z0_last None: there was none."""
     a = diffusion.alphas_cumprod
-    place = {i: float((a[i] / (1 - a[i])).log()) / 2 for i in (t_last, t, t_next) if i >= 0}
     signal, sigma = float(a[t]) ** 0.5, float(1 - a[t]) ** 0.5
     z0 = (z_t - sigma * eps) / signal
     if z0_last is None or t_next < 0:
         return eps, z0
-    share = (place[t_next] - place[t]) / (place[t] - place[t_last]) / 2
-    return eps - signal / sigma * share * (z0 - z0_last), z0
+    last, here, after = a[[t_last, t, t_next]].logit().tolist()         # twice log(signal / sigma)
+    return eps - signal / sigma * (after - here) / (here - last) / 2 * (z0 - z0_last), z0
 
 
 def ddim(net, text, empty, known, cond_mask, rngs, steps, order, eta, text_scale, image_scale):

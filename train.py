@@ -53,7 +53,8 @@ from sample import Sampler
 COMPILER = "inductor"                     # torch.compile's backend; the tests take a faster one
 MAY_CHANGE = {"workers", "log_every", "save_every", "keep_every", "sample_every", "prompts", "out", "accumulate",
               "checkpointing", "zero", "compile", "ema_device", "precision",  # when a run goes on
-              "data", "vae", "base", "absorber", "clip_weights", "clip_model"}  # to files of the same hashes
+              "data", "vae", "base", "absorber", "clip_weights", "clip_model",  # to files of the same hashes
+              "text.concepts"}            # a limit; in older runs the number that the data gave
 
 
 @dataclass
@@ -166,18 +167,16 @@ class DFGNStage(Stage):
         """The learnt concepts' sentences: the base's, then, unless it is tuned, those of the set that it has not."""
         known = (self.base or {}).get("text.concepts")
         if self.config.method != "rdtf":
-            return known
+            return known.float()
         return learnt_concepts(self.features, self.texts, self.preset.text.concepts, known)
 
     def network(self, fresh):
-        sentences = self.concepts() if self.preset.text.kind == "minilm" else None
-        if sentences is not None:
-            self.preset.text.concepts = len(sentences)
         net = RDTF(self.preset)
-        if sentences is not None:
-            net.text.concepts.copy_(sentences)
+        if self.preset.text.kind == "minilm":
+            net.text.concepts = self.concepts()
+            self.preset.text.concepts = len(net.text.concepts)
             if self.base:
-                self.base["text.concepts"] = sentences
+                self.base["text.concepts"] = net.text.concepts
         if fresh and self.base:
             new = load_fitting(net, self.base, self.config.base, self.rank == 0)
             silence(net.dfgn, new)

@@ -65,8 +65,10 @@ def learnt_concepts(features, texts, most, base=None):
     rows = [[row for i in numbers for row in texts.rows(int(i))] for numbers in members]
     means = [features[own].mean(0, dtype=np.float64) for own in rows]
     found = torch.from_numpy(np.stack(means).astype(np.float32))
-    known = torch.from_numpy(np.asarray(features[:1], np.float32)) if base is None else base.float()[:most]
-    if base is not None:
+    if base is None:
+        known = torch.from_numpy(np.asarray(features[:1], np.float32))
+    else:
+        known = base.float()[:most]
         found = found[torch.cdist(found, known).square().amin(1) > SAME]
     return torch.cat([known, found[even_frames(len(found), most - len(known))]])
 

@@ -76,7 +76,8 @@ def shown(value):
 
 
 def check_same_config(run, config, may_change, defaults, names=None):
-    """Refuse to go on with another training; how, where and from which copy it runs may change.
+    """Refuse to go on with another training; how, where and from which copy it runs may change: options and fields of
+    the model in may_change.
 
     config: of the command that is to go on, as read_config returns it. defaults: of options that are newer than the
     run. names: {input: other names of it}. -> (the run's precision, what changed)."""
@@ -92,7 +93,7 @@ def check_same_config(run, config, may_change, defaults, names=None):
         raise UserError(f"--precision {config['precision']}: {run} was started in {old['precision']}; "
                         f"go on with that, or {other}")
     for name, value in flat(config["model"]).items():
-        if model.get(name) != value and name != "text.concepts":       # once a number that the data gave, now a limit
+        if model.get(name) != value and name not in may_change:
             raise UserError(f"{run}: started when {name} was {model.get(name)}, it is {value} now; {other}")
     for name in {**inputs, **config["inputs"]}:
         was, now = inputs.get(name, "none"), config["inputs"].get(name, "none")
