@@ -64,25 +64,21 @@ def timesteps(total, steps):
     return np.round(total * np.arange(steps, 0, -1) / steps).astype(int) - 1
 
 
-def ddim_step(diffusion, z_t, eps, t, t_next, eta, noise):
-    """One DDIM step from t to t_next (-1: the end; Song et al. 2021, eq. 12). eta 1: as much fresh noise as DDPM."""
+def ddim_step(diffusion, z_t, z0, t, t_next, eta, noise):
+    """One DDIM step from t to t_next (-1: the end; Song et al. 2021, eq. 12). z0: as predicted at z_t. eta 1: as much
+    fresh noise as DDPM."""
     a = diffusion.alphas_cumprod
     a_t, a_next = float(a[t]), float(a[t_next]) if t_next >= 0 else 1.0
-    z0 = (z_t - (1 - a_t) ** 0.5 * eps) / a_t ** 0.5
+    eps = (z_t - a_t ** 0.5 * z0) / (1 - a_t) ** 0.5
     sigma = eta * ((1 - a_next) / (1 - a_t) * (1 - a_t / a_next)) ** 0.5
     return a_next ** 0.5 * z0 + max(1 - a_next - sigma ** 2, 0.0) ** 0.5 * eps + sigma * noise
 
 
-def extrapolated(diffusion, z_t, eps, t_last, z0_last, t, t_next):
-    """(eps of a step of second order, z0 at z_t): z0 half-way to t_next, on the line through this one and the step's
-    before in log(signal / sigma), as DPM-Solver++(2M) takes it (Lu et al. 2022). z0_last None: there was none."""
-    a = diffusion.alphas_cumprod
-    signal, sigma = float(a[t]) ** 0.5, float(1 - a[t]) ** 0.5
-    z0 = (z_t - sigma * eps) / signal
-    if z0_last is None or t_next < 0:
-        return eps, z0
-    last, here, after = a[[t_last, t, t_next]].logit().tolist()         # twice log(signal / sigma)
-    return eps - signal / sigma * (after - here) / (here - last) / 2 * (z0 - z0_last), z0
+def extrapolated(diffusion, z0_last, z0, t_last, t, t_next):
+    """z0 half-way from t to t_next, on the line through the one at t_last and the one at t in log(signal / sigma): of a
+    step of second order, DPM-Solver++(2M) (Lu et al. 2022)."""
+    last, here, after = diffusion.alphas_cumprod[[t_last, t, t_next]].logit().tolist()   # twice log(signal / sigma)
+    return z0 + (after - here) / (here - last) / 2 * (z0 - z0_last)
 
 
 def ddim(net, text, empty, known, cond_mask, rngs, steps, order, eta, text_scale, image_scale):
@@ -96,11 +92,13 @@ def ddim(net, text, empty, known, cond_mask, rngs, steps, order, eta, text_scale
     terms = branches(text_scale, image_scale, text is not None, bool(cond_mask.any()))
     text = text or empty
     z, path, z0 = draw(), timesteps(net.config.diffusion.steps, steps).tolist(), None
-    for t_last, t, t_next in zip([-1, *path], path, [*path[1:], -1]):
+    for t_last, t, t_next in zip([None, *path], path, [*path[1:], -1]):
         eps = guided_eps(net, z, torch.full((len(z),), t, device=device), text, empty, known, cond_mask, terms)
-        if order == 2:
-            eps, z0 = extrapolated(net.diffusion, z, eps, t_last, z0, t, t_next)
-        z = ddim_step(net.diffusion, z, eps, t, t_next, eta, draw() if eta > 0 else 0.0)
+        alpha = float(net.diffusion.alphas_cumprod[t])
+        z0_last, z0 = z0, (z - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5
+        second = order == 2 and t_last is not None and t_next >= 0     # neither the first step nor the last
+        ahead = extrapolated(net.diffusion, z0_last, z0, t_last, t, t_next) if second else z0
+        z = ddim_step(net.diffusion, z, ahead, t, t_next, eta, draw() if eta > 0 else 0.0)
     return z
 
 

@@ -78,16 +78,17 @@ def test_steps_of_second_order_lose_less_variance():
         assert first < 0.9 * s ** 2 and abs(second - s ** 2) < 0.7 * abs(first - s ** 2)
 
 
+def test_first_and_last_step_are_of_first_order():
+    assert sampled_variance(0.5, 2, 2, 0.0) == sampled_variance(0.5, 2, 1, 0.0)
+    assert sampled_variance(0.5, 3, 2, 0.0) != sampled_variance(0.5, 3, 1, 0.0)
+
+
 def test_a_step_of_second_order_by_hand():
     """z0 moves from 1 to 2 over the last step, a distance of 1.5 in log(signal / sigma); half of the next is 0.5."""
     places = torch.tensor([0.5, -0.5, -2.0], dtype=torch.float64)
     diffusion = SimpleNamespace(alphas_cumprod=torch.sigmoid(2 * places))
-    signal, sigma = diffusion.alphas_cumprod[1].sqrt().item(), (1 - diffusion.alphas_cumprod[1]).sqrt().item()
-    z_t, eps = torch.full((1,), 3.0), torch.full((1,), (3.0 - 2 * signal) / sigma)
-    found, z0 = extrapolated(diffusion, z_t, eps, 2, torch.ones(1), 1, 0)
-    assert z0.item() == pytest.approx(2) and found.item() == pytest.approx((3.0 - signal * (2 + 0.5 / 1.5)) / sigma)
-    for last, t_next in ((None, 0), (torch.ones(1), -1)):
-        assert extrapolated(diffusion, z_t, eps, 2, last, 1, t_next)[0] is eps
+    found = extrapolated(diffusion, torch.ones(1), torch.full((1,), 2.0), 2, 1, 0)
+    assert found.item() == pytest.approx(2 + 0.5 / 1.5)
 
 
 def test_one_step_by_hand():
@@ -96,10 +97,10 @@ def test_one_step_by_hand():
     z0, eps = torch.full((1,), 0.3), torch.full((1,), -1.2)
     z_t = a ** 0.5 * z0 + (1 - a) ** 0.5 * eps
     want = after ** 0.5 * 0.3 + (1 - after) ** 0.5 * -1.2
-    assert ddim_step(diffusion, z_t, eps, 700, 600, 0.0, 0.0).item() == pytest.approx(want, abs=1e-5)
-    assert ddim_step(diffusion, z_t, eps, 700, -1, 1.0, torch.ones(1)).item() == pytest.approx(0.3, abs=1e-5)
+    assert ddim_step(diffusion, z_t, z0, 700, 600, 0.0, 0.0).item() == pytest.approx(want, abs=1e-5)
+    assert ddim_step(diffusion, z_t, z0, 700, -1, 1.0, torch.ones(1)).item() == pytest.approx(0.3, abs=1e-5)
     before, a = diffusion.alphas_cumprod[499:501].tolist()
-    quiet, loud = (ddim_step(diffusion, z_t, eps, 500, 499, 1.0, torch.full((1,), n)).item() for n in (0.0, 1.0))
+    quiet, loud = (ddim_step(diffusion, z_t, z0, 500, 499, 1.0, torch.full((1,), n)).item() for n in (0.0, 1.0))
     assert (loud - quiet) ** 2 == pytest.approx((1 - before) / (1 - a) * (1 - a / before), rel=1e-3)  # DDPM's
 
 
