@@ -93,9 +93,10 @@ def ddim(net, text, empty, known, cond_mask, rngs, steps, order, eta, text_scale
     text = text or empty
     z, path, z0 = draw(), timesteps(net.config.diffusion.steps, steps).tolist(), None
     for t_last, t, t_next in zip([None, *path], path, [*path[1:], -1]):
-        eps = guided_eps(net, z, torch.full((len(z),), t, device=device), text, empty, known, cond_mask, terms)
-        alpha = float(net.diffusion.alphas_cumprod[t])
-        z0_last, z0 = z0, (z - (1 - alpha) ** 0.5 * eps) / alpha ** 0.5
+        at = torch.full((len(z),), t, device=device)
+        eps = guided_eps(net, z, at, text, empty, known, cond_mask, terms)
+        signal, sigma = net.diffusion.coefficients(at)
+        z0_last, z0 = z0, (z - sigma * eps) / signal
         second = order == 2 and t_last is not None and t_next >= 0     # neither the first step nor the last
         ahead = extrapolated(net.diffusion, z0_last, z0, t_last, t, t_next) if second else z0
         z = ddim_step(net.diffusion, z, ahead, t, t_next, eta, draw() if eta > 0 else 0.0)
