@@ -127,12 +127,7 @@ class Sampler:
         with_frames = defaults.pop("given_text_scale")
         if given:
             defaults["text_scale"] = with_frames
-        if changes.get("eta") is not None and not 0 <= changes["eta"] <= 1:
-            raise UserError(f"--eta {changes['eta']}: choose 0 (no fresh noise) to 1 (as much as DDPM)")
-        found = {k: defaults[k] if changes.get(k) is None else changes[k] for k in defaults}
-        if found["order"] not in (1, 2):
-            raise UserError(f"sampling.order {found['order']}: choose 1 (DDIM) or 2")
-        return found
+        return {k: defaults[k] if changes.get(k) is None else changes[k] for k in defaults}
 
     def text(self, prompts):
         """Tokens of prompts, or a tower's features of them, on the device: what RDTF.encode_text takes."""

@@ -113,7 +113,7 @@ CASES = [                                        # (command, input, message)
     (SAMPLE, "--vae {r}/other.safetensors", "--vae .*other.safetensors: not the VAE that"),
     (SAMPLE, "--clip-weights {r}/text.bin", "has a text encoder; leave the option out"),
 
-    *values(EVALUATE, "--n 1", "--steps 0", "--sheet x.gif"),
+    *values(EVALUATE, "--n 1", "--steps 0", "--eta -0.5", "--image-scale inf", "--sheet x.gif"),
     (EVALUATE, "--run {r}/empty", "--run .*empty: no model.safetensors"),
     (EVALUATE, "--table 1", "--rows \"NAME=PATTERN\" ...: names the runs"),
     ("evaluate", "--table 1 --rows nothing", "--rows nothing: write"),

@@ -30,15 +30,18 @@ def test_an_exported_model_samples_like_the_run(tiny_dfgn, tiny_vae, tmp_path):
     assert 0 < np.abs(made[0] - made[1]).max() < 40
 
 
-def test_how_it_is_sampled_can_be_chosen_later(tiny_dfgn, tmp_path):
+def test_how_it_is_sampled_can_be_chosen_later(tiny_dfgn, tiny_vae, tmp_path):
     export.main([str(tiny_dfgn / "model.safetensors"), str(tmp_path / "x.safetensors"),
                  "--set", "sampling.text_scale=2", "sampling.steps=9"])
     (_, before), (net, after) = load_rdtf(tiny_dfgn / "model.safetensors"), load_rdtf(tmp_path / "x.safetensors")
     assert (net.config.sampling.text_scale, net.config.sampling.steps) == (2.0, 9)
     del before["config"]["sampling"], after["config"]["sampling"]
     assert before == after
-    with pytest.raises(UserError, match="--set dfgn.layers=3: no field"):
-        export.main([str(tiny_dfgn / "model.safetensors"), str(tmp_path / "y.safetensors"), "--set", "dfgn.layers=3"])
+    for run, change, reason in ((tiny_dfgn, "dfgn.layers=3", "no field"), (tiny_dfgn, "sampling.order=3", "is unknown"),
+                                (tiny_vae, "sampling.order=1", "holds no DFGN")):
+        with pytest.raises(UserError, match=f"--set {change}: .*{reason}"):
+            export.main([str(run / "model.safetensors"), str(tmp_path / "y.safetensors"), "--set", change])
+    assert not (tmp_path / "y.safetensors").exists()
 
 
 def test_the_mean_of_a_tuned_model_and_its_base(tiny_dfgn, tiny_vae, dfgn_argv, tmp_path):

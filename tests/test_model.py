@@ -106,7 +106,9 @@ def test_presets_and_changes_of_them():
     assert changed.dfgn.widths == (8, 16) and changed.diffusion.prediction == "v" and not changed.dfgn.pool_text
     refused = {"dfgn.width=3": "no field", "vae.size=20": "not a multiple", "dfgn.channels=8": "must be equal",
                "dfgn.layers=two": "is not a int", "dfgn.temporal=x": "not go together", "text.kind=big": "big",
-               "diffusion.schedule=cosin": "cosin", "dfgn.given=nothing": "difference or zeros"}
+               "diffusion.schedule=cosin": "cosin", "dfgn.given=nothing": "difference or zeros",
+               "sampling.order=3": r"order 3 is unknown: 1 \(DDIM\) or 2", "sampling.eta=1.5": "from 0 to 1",
+               "sampling.steps=0": "from 1 to", "sampling.steps=1001": "from 1 to diffusion.steps, 1000"}
     for change, reason in refused.items():
         with pytest.raises(UserError, match=f"--set {change}.*{reason}"):
             model.preset("tiny", [change])

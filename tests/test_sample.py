@@ -166,8 +166,6 @@ def test_settings_are_the_models_by_what_is_given():
     assert settings(True) == dict(steps=7, order=2, eta=0.5, text_scale=1.5, image_scale=1.25)
     assert settings(True, text_scale=0, eta=None, steps=3, order=1) == dict(steps=3, order=1, eta=0.5, text_scale=0,
                                                                             image_scale=1.25)
-    with pytest.raises(UserError, match=r"sampling.order 3: choose 1 \(DDIM\) or 2"):
-        settings(False, order=3)
     paper = Sampler.settings(SimpleNamespace(config=PRESETS["paper"]), True)             # Table 6
     assert paper == dict(steps=50, order=1, eta=1.0, text_scale=7.5, image_scale=7.5)
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.nets.weights import is_own, model_file, read_metadata, save_model  # noqa: E402
 from lib.run.files import UserError, check_outputs, run_cli  # noqa: E402
-from lib.run.options import apply_changes  # noqa: E402
+from lib.run.options import apply_changes, check_config  # noqa: E402
 from model import Config  # noqa: E402
 
 
@@ -44,6 +44,16 @@ def average(weights, metadata, path):
     return {**weights, **{name: (weights[name].float() + other[name].float()) / 2 for name in floats}}
 
 
+def resampled(config, changes):
+    """A DFGN's configuration {part: {field: value}} with changes of its sampling. UserError: they do not fit."""
+    try:
+        changed = {**config, **apply_changes(dict(sampling=asdict(Config.from_dict(config).sampling)), changes)}
+        check_config(Config.from_dict(changed))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--set {' '.join(changes)}: {error}") from None
+    return changed
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="model.safetensors of a run")
@@ -59,8 +69,9 @@ def main(argv=None):
     if args.average:
         weights = average(weights, metadata, args.average)
     if args.set:
-        sampling = asdict(Config.from_dict(metadata["config"]).sampling)
-        metadata["config"].update(apply_changes(dict(sampling=sampling), args.set))
+        if metadata.get("kind") not in ("dfgn", "adapter"):
+            raise UserError(f"--set {' '.join(args.set)}: {args.model} holds no DFGN, nothing of it is sampled")
+        metadata["config"] = resampled(metadata["config"], args.set)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         save_model(args.out, halve(weights), **metadata)

@@ -5,6 +5,7 @@ from lib.media.pictures import check_sheet
 from lib.metrics.judge import SHIPPED
 from lib.run.files import UserError
 from lib.run.options import check_least
+from lib.run.sample_options import check_sampling
 
 
 def parse_options(doc, tasks, numbers, argv=None):
@@ -49,7 +50,8 @@ def parse_options(doc, tasks, numbers, argv=None):
 
 
 def check(args):
-    check_least(args, n=2, batch=1, sheet_rows=1, seed=0, steps=1)
+    check_least(args, n=2, batch=1, sheet_rows=1, seed=0)
+    check_sampling(args)
     if bool(args.rows) != bool(args.table):
         raise UserError("--rows \"NAME=PATTERN\" ...: names the runs of --table 1, 2, 3 or 4")
     if args.i3d_eps is not None and args.i3d_eps <= 0:

@@ -104,11 +104,17 @@ def apply_changes(config, changes):
 
 def check_config(config):
     """ValueError where the parts do not go together."""
-    vae, text, dfgn = config.vae, config.text, config.dfgn
+    vae, text, dfgn, sampling = config.vae, config.text, config.dfgn, config.sampling
     if dfgn.given not in ("difference", "zeros"):
         raise ValueError(f"dfgn.given {dfgn.given!r} is unknown: difference or zeros")
     if text.kind not in ("small", "minilm", "open_clip"):
         raise ValueError(f"text.kind {text.kind!r} is unknown: small, minilm or open_clip")
+    if sampling.order not in (1, 2):
+        raise ValueError(f"sampling.order {sampling.order} is unknown: 1 (DDIM) or 2")
+    if not 0 <= sampling.eta <= 1:
+        raise ValueError(f"sampling.eta is {sampling.eta}, not from 0 to 1")
+    if not 1 <= sampling.steps <= config.diffusion.steps:
+        raise ValueError(f"sampling.steps is {sampling.steps}, not from 1 to diffusion.steps, {config.diffusion.steps}")
     for ours, a, theirs, b in (("vae.latent_channels", vae.latent_channels, "dfgn.channels", dfgn.channels),
                                ("text.width", text.width, "dfgn.text_width", dfgn.text_width)):
         if a != b:

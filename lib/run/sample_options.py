@@ -47,8 +47,16 @@ def check(args):
     needed = {None: None, "t2v": None, "i2v": "image", "it2v": "image"}.get(args.task, "frames")
     if needed and not getattr(args, needed):
         raise UserError(f"--task {args.task} needs --{needed}")
+    check_least(args, num=1, batch=1, duration=1, seed=0)
+    check_sampling(args)
+    check_sheet(args.sheet)
+
+
+def check_sampling(args):
+    """UserError for steps, eta or guidance scales, of sample.py or evaluate.py, that no sampler could take."""
+    check_least(args, steps=1)
+    if not 0 <= (args.eta or 0) <= 1:
+        raise UserError(f"--eta {args.eta}: choose 0 (no fresh noise) to 1 (as much as DDPM)")
     for name in ("text_scale", "image_scale"):
         if not abs(getattr(args, name) or 0) < 1000:
             raise UserError(f"{flag(name)} {getattr(args, name)}: choose a number such as 3")
-    check_least(args, num=1, batch=1, duration=1, steps=1, seed=0)
-    check_sheet(args.sheet)
