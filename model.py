@@ -51,6 +51,7 @@ class DFGNConfig:
     sti_head_dim: int = 32
     temporal: str = "sti"                 # sti: the paper's layer; conv3d: DFGN(3D-Conv); none, still: bases
     known: bool = True                    # given frames are an input; False: of text to video alone
+    known_width: int = 0                  # of the attention over them; 0: 4 x channels
     given: str = "difference"             # to a fill from given frames is diffused; zeros: other frames' input (paper)
     fade: int = 16                        # power of sigma by which the fill's share in z_t fades; 0: it is always whole
     pool_text: bool = True                # add the mean text feature to the time embedding
@@ -321,14 +322,14 @@ class KnownEncoder(nn.Module):
     """Filled frames and the mask of given ones -> features as wide as a latent, beside what they are made of:
     per-frame convolutions, then attention over time."""
 
-    def __init__(self, channels):
+    def __init__(self, channels, width=0):
         super().__init__()
-        hidden, self.width = max(16, channels), 4 * channels
+        hidden, self.width = max(16, channels), width or 4 * channels
         self.convs = nn.Sequential(nn.Conv2d(channels + 1, hidden, 3, padding=1), nn.SiLU(),
                                    nn.Conv2d(hidden, hidden, 3, padding=1), nn.SiLU(),
                                    nn.Conv2d(hidden, channels, 3, padding=1))
         self.widen, self.norm = nn.Linear(channels + 1, self.width), nn.LayerNorm(self.width)
-        self.attn = Attention(self.width, 4, channels)
+        self.attn = Attention(self.width, 4, self.width // 4)
         self.narrow = nn.Linear(self.width, channels)
 
     def forward(self, known, cond_mask, clip):
@@ -347,7 +348,7 @@ class Stem(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.known = KnownEncoder(c.channels) if c.known else None
+        self.known = KnownEncoder(c.channels, c.known_width) if c.known else None
         self.conv = nn.Conv2d((1 + c.known) * c.channels, c.widths[0], 3, padding=1)
 
     def forward(self, z_t, known, cond_mask, clip):
@@ -567,7 +568,9 @@ PRESETS = {
         dfgn=DFGNConfig(channels=16, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_head_dim=8),
         sampling=TABLE6),
     "mini": Config(),  # 2 CPU cores, 64 px
-    "mini-128": Config("mini-128", vae=VAEConfig(size=128, patch=8, latent_channels=96), dfgn=DFGNConfig(channels=96)),
+    "mini-128": Config(  # 128 px; grows from mini, see lib/nets/grow.py
+        name="mini-128", vae=VAEConfig(size=128, patch=8, latent_channels=96),
+        dfgn=DFGNConfig(channels=96, known_width=192)),
     "paper": Config(  # Table 6: 0.960 B parameters, 256 px, the VAE of Stable Diffusion
         name="paper",
         vae=SD_VAE,

@@ -35,9 +35,10 @@ from curriculum import MODES, Curriculum
 from data import TASKS
 from lib.media.pictures import contact_sheet
 from lib.nets import peft
+from lib.nets.grow import grow_dfgn
 from lib.nets.text import learnt_concepts
 from lib.nets.towers import cache_features, name_minilm, name_tower
-from lib.nets.weights import load_fitting
+from lib.nets.weights import load_fitting, model_file, read_metadata
 from lib.run import loop
 from lib.run.checkpoints import check_same_config, lock_run, states
 from lib.run.distributed import gather, on_rank_0, setup
@@ -134,8 +135,10 @@ class DFGNStage(Stage):
             self.inputs["minilm"] = self.tower["hash"]
         self.vae, meta = load_like("--vae", config.vae, self.preset.vae)
         self.inputs["vae"], self.names["vae"] = meta["latents"], meta["names"]
+        self.grown_from = {name: meta[name] for name in ("grown_from",) if name in meta}
         if config.base:
-            self.base = load_base(config, self.preset, meta["names"], self.tower)
+            self.base = load_base(config, self.preset, meta, self.tower)
+            self.grows = meta.get("grown_from") == read_metadata(model_file(config.base))["vae"]
             self.add_input("base", config.base)
         if config.absorber:
             self.absorber = load_absorber(config.absorber, config.rank, self.names["base"])
@@ -178,6 +181,8 @@ class DFGNStage(Stage):
             if self.base:
                 self.base["text.concepts"] = net.text.concepts
         if fresh and self.base:
+            if self.grows:
+                self.base = grow_dfgn(self.base, net.state_dict())
             new = load_fitting(net, self.base, self.config.base, self.rank == 0)
             silence(net.dfgn, new)
         if self.preset.text.kind == "small":
@@ -236,7 +241,7 @@ class DFGNStage(Stage):
 
     def export(self, weights):
         c, tower = self.config, dict(text=self.tower) if self.tower else {}
-        facts = dict(vae=self.inputs["vae"], vae_file=str(c.vae), **tower)
+        facts = dict(vae=self.inputs["vae"], vae_file=str(c.vae), **self.grown_from, **tower)
         if c.method != "rdtf":
             facts.update(kind="adapter", method=c.method, rank=c.rank, base=self.inputs["base"], base_file=str(c.base))
             weights = {name: weights[name] for name in self.adapter}

@@ -382,14 +382,14 @@ def test_a_run_starts_from_anothers_weights(dfgn_argv, tiny_dfgn, tmp_path):
         torch.testing.assert_close(state_of(run)[part], state_of(tiny_dfgn)["ema"], rtol=0, atol=1e-7)
     assert read_config(run)["inputs"]["base"] == identity(base)
     with pytest.raises(UserError, match=f"--base {base}: trained with another VAE"):
-        load_base(TrainConfig(base=str(base)), PRESETS["tiny"], ["another"], None)
+        load_base(TrainConfig(base=str(base)), PRESETS["tiny"], dict(names=["another"]), None)
 
 
 def test_a_run_starts_from_weights_of_another_size(tiny_dfgn):
     """As mini-128 from mini: latents of other channels, so what meets them starts anew and the rest does not."""
     base = str(tiny_dfgn / "model.safetensors")
     config = preset("tiny", ["vae.size=32", "vae.patch=4", "vae.latent_channels=32", "dfgn.channels=32"])
-    weights = load_base(TrainConfig(base=base), config, ["another"], None)
+    weights = load_base(TrainConfig(base=base), config, dict(names=["another"]), None)
     net = RDTF(replace(config, text=load_rdtf(base)[0].config.text))
     before = {key: w.clone() for key, w in net.state_dict().items()}
     new = set(load_fitting(net, weights, base, True))
@@ -397,7 +397,7 @@ def test_a_run_starts_from_weights_of_another_size(tiny_dfgn):
     for key, w in net.state_dict().items():
         assert torch.equal(w, before[key] if key in new else weights[key]), key
     with pytest.raises(UserError, match=f"--base {base}: trained with another VAE"):
-        load_base(TrainConfig(base=base, method="simda"), config, ["another"], None)
+        load_base(TrainConfig(base=base, method="simda"), config, dict(names=["another"]), None)
 
 
 def test_what_does_not_fit_starts_anew(tiny_dfgn, capsys):

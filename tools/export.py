@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lib.nets.grow import grow_dfgn  # noqa: E402
 from lib.nets.weights import is_own, model_file, read_metadata, save_model  # noqa: E402
 from lib.run.files import UserError, check_outputs, run_cli  # noqa: E402
 from lib.run.options import apply_changes, check_config  # noqa: E402
@@ -31,9 +32,12 @@ def halve(weights):
 
 def average(weights, metadata, path):
     """The means of these weights and another model's, of which they were tuned, as Wortsman et al. 2022 (WiSE-FT). The
-    sentences of the learnt concepts stay these. UserError: another kind, VAE, shape or vocabulary."""
+    sentences of the learnt concepts stay these; where these weights were grown from the others (lib/nets/grow.py), what
+    those lack stays, too. UserError: another kind, VAE, shape or vocabulary."""
     path = model_file(path)
     other, theirs = (load_file(path), read_metadata(path)) if is_own(path) else ({}, {})
+    if metadata["kind"] == theirs.get("kind") == "dfgn" and metadata.get("grown_from") == theirs["vae"]:
+        other, theirs = grow_dfgn(other, weights), {**theirs, "vae": metadata["vae"]}
     names = weights.keys() - {"text.concepts"}
     floats = {name for name in names if weights[name].is_floating_point()}
     alike = (all(theirs.get(fact) == metadata.get(fact) for fact in ("kind", "vae")) and

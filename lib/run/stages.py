@@ -4,6 +4,7 @@ import torch
 
 from lib.media.pictures import to_tensor
 from lib.nets.autoencoder import VAE, held_out_psnr, load_vae, measure_latents
+from lib.nets.grow import fits, grow_vae
 from lib.nets.layers import zero_
 from lib.nets.weights import identity, names_of, read_own
 from lib.run.checkpoints import check_equal
@@ -37,24 +38,33 @@ class Stage:
 
 
 class VAEStage(Stage):
-    """Images of stickers under the VAE's own loss; with --base the decoder alone."""
+    """Images of stickers under the VAE's own loss; with --base, which may be of half the size, the decoder alone."""
 
     def __init__(self, config, preset, stickers, rank, world, device):
         super().__init__(config, preset, stickers, rank, world, device)
         self.facts = {}
         if config.base:
-            vae, meta = load_like("--base", config.base, preset.vae)
-            self.base, self.facts = vae.state_dict(), dict(latents=meta["latents"])
+            self.base, meta = load_vae(config.base)
+            self.facts = {name: meta[name] for name in ("latents", "grown_from") if name in meta}
+            if fits(self.base.config, preset.vae):
+                self.facts = dict(grown_from=meta["latents"])
+            else:
+                check_vae("--base", config.base, self.base, meta, preset.vae)
             self.add_input("base", config.base)
 
     def network(self, fresh):
         self.net = VAE(self.preset.vae)
-        if self.base:                         # the encoder stays, and so do the latents that a DFGN is trained on
-            self.net.load_state_dict(self.base)
-            self.net.freeze_encoder()
-        elif fresh and self.preset.vae.shortcut:
+        grows = self.base and "latents" not in self.facts
+        if grows or fresh and not self.base and self.preset.vae.shortcut:
             images = [draw_image(self.stickers, self.config.seed, 0, n)[0] for n in range(256)]
-            self.net.start_shortcut(self.net.images(torch.stack(images)))
+            images = self.net.images(torch.stack(images))
+            if grows:
+                self.base = grow_vae(self.base, self.preset.vae, images)
+            else:
+                self.net.start_shortcut(images)
+        if self.base:                         # the encoder stays, and so do the latents that a DFGN is trained on
+            self.net.load_state_dict(self.base.state_dict())
+            self.net.freeze_encoder()
         return self.net.to(self.device)
 
     def batches(self, start, workers=0):
@@ -94,28 +104,34 @@ def draw_image(stickers, seed, step, n):
 def load_like(option, path, wanted):
     """(VAE, metadata) of a file, which must be of the wanted VAEConfig but in what only its training reads."""
     vae, meta = load_vae(path)
+    check_vae(option, path, vae, meta, wanted)
+    return vae, meta
+
+
+def check_vae(option, path, vae, meta, wanted):
+    """UserError for a VAE of another VAEConfig than is wanted, but in what only its training reads."""
     free = ("kl_weight", "latent_noise", *(("size",) if meta.get("any_size") else ()))  # size: Stable Diffusion's
     check_equal(f"{option} {path}", vae.config, wanted, free)
-    return vae, meta
 
 
 READS_TEXT = "text.", ".cross.to_kv.", ".text_pool."  # in the names of what makes or takes a text's features
 
 
 def load_base(c, config, vae, tower):
-    """Weights of the run --base, its vocabulary too; it must be of the same configuration and VAE (its names).
+    """Weights of the run --base, its vocabulary too; it must be of the same configuration and VAE (its metadata).
 
-    Where it has another text encoder or tower, all that reads the text starts anew, and where its latents have other
-    channels, what meets them; but not of what is tuned."""
+    Where it has another text encoder or tower, all that reads the text starts anew; where its latents have other
+    channels, what meets them, or, where the VAE was grown from its VAE, what meets the channels that it lacks; but not
+    of what is tuned."""
     meta, weights = read_own(c.base, "dfgn", "train one with `python train.py`")
     theirs = type(config).from_dict(meta["config"])
     same = (theirs.text.kind, meta.get("text", {}).get("hash")) == (config.text.kind, (tower or {}).get("hash"))
-    fits = meta["vae"] in vae or (c.method == "rdtf" and theirs.dfgn.channels != config.dfgn.channels)
-    if not fits or not (same or c.method == "rdtf"):
+    known = meta["vae"] in vae["names"] or (c.method == "rdtf" and theirs.dfgn.channels != config.dfgn.channels)
+    if not known or not (same or c.method == "rdtf"):
         raise UserError(f"--base {c.base}: trained with another VAE or text tower than --vae or --clip-weights")
     for part in ("dfgn", "diffusion", *(["text"] if same else [])):
         check_equal(f"--base {c.base}", getattr(theirs, part), getattr(config, part),
-                    free=("channels", "vocab", "concepts", "given", *(() if same else ("text_width",))))
+                    free=("channels", "known_width", "vocab", "concepts", "given", *(() if same else ("text_width",))))
     return weights if same else {k: w for k, w in weights.items() if not any(part in k for part in READS_TEXT)}
 
 
