@@ -6,6 +6,7 @@
     python train.py --set dfgn.temporal=conv3d --out runs/conv3d  # any field of model.Config
     python train.py --base other.safetensors --out runs/tuned     # start from another run of this preset and VAE
     python train.py --stage vae --base vae.safetensors --set vae.latent_noise=0.2 --out runs/decoder  # decoder alone
+    python train.py --stage vae --preset mini-128 --data data/fluent128 --base checkpoints/mini-vae.safetensors  # grows
     python train.py --preset base --method simda --base base.safetensors --out runs/simda  # a compared method
     torchrun --nproc_per_node=8 train.py --preset paper --data data/vsd2m --vae sd-vae.safetensors \\
         --clip-weights open_clip_pytorch_model.bin
@@ -135,7 +136,7 @@ class DFGNStage(Stage):
             self.inputs["minilm"] = self.tower["hash"]
         self.vae, meta = load_like("--vae", config.vae, self.preset.vae)
         self.inputs["vae"], self.names["vae"] = meta["latents"], meta["names"]
-        self.grown_from = {name: meta[name] for name in ("grown_from",) if name in meta}
+        self.grown_from = {name: value for name, value in meta.items() if name == "grown_from"}
         if config.base:
             self.base = load_base(config, self.preset, meta, self.tower)
             self.grows = meta.get("grown_from") == read_metadata(model_file(config.base))["vae"]
