@@ -100,6 +100,15 @@ def test_train_grows_both(vae_argv, dfgn_argv, tiny_vae, tiny_dfgn, stickers32, 
     assert meta["grown_from"] == identity(base) and meta["latents"] == identity(vae) != identity(base)
     x = torch.randn(2, 4, 32, 32)
     torch.testing.assert_close(grown.encode(x)[:, :16], small.encode(F.avg_pool2d(x, 2)))
+
+    def stop(step, *_):
+        if step == 1:
+            raise KeyboardInterrupt
+    argv = *vae_argv, *large, "--base", base, "--steps", 2, "--save-every", 1, "--out", tmp_path / "resumed"
+    with pytest.raises(KeyboardInterrupt):
+        run_train(*argv, after_backward=stop)
+    run_train(*argv)                                          # it is grown once, and then goes on
+    torch.testing.assert_close(load_vae(tmp_path / "resumed")[0].state_dict(), grown.state_dict(), rtol=0, atol=0)
     tuned = tmp_path / "tuned"                                # a grown one's decoder tuned: its latents stay
     run_train(*vae_argv, *large, "--base", vae, "--steps", 1, "--out", tuned)
     assert load_vae(tuned)[1]["latents"] == meta["latents"] and load_vae(tuned)[1]["grown_from"] == identity(base)

@@ -53,17 +53,17 @@ class VAEStage(Stage):
             self.add_input("base", config.base)
 
     def network(self, fresh):
-        self.net = VAE(self.preset.vae)
-        grows = self.base and "latents" not in self.facts
-        if grows or fresh and not self.base and self.preset.vae.shortcut:
+        self.net, small = VAE(self.preset.vae), self.base and fits(self.base.config, self.preset.vae)
+        if fresh and (small or not self.base and self.preset.vae.shortcut):
             images = [draw_image(self.stickers, self.config.seed, 0, n)[0] for n in range(256)]
             images = self.net.images(torch.stack(images))
-            if grows:
+            if small:
                 self.base = grow_vae(self.base, self.preset.vae, images)
             else:
                 self.net.start_shortcut(images)
         if self.base:                         # the encoder stays, and so do the latents that a DFGN is trained on
-            self.net.load_state_dict(self.base.state_dict())
+            if fresh:
+                self.net.load_state_dict(self.base.state_dict())
             self.net.freeze_encoder()
         return self.net.to(self.device)
 
