@@ -2,7 +2,7 @@
 
     python evaluate.py --run runs/dfgn                                   # six tasks: tables on stdout, RUN/eval.json
     python evaluate.py --run runs/dfgn --tasks t2v it2v --sheet out.png  # and the first clips of each task, not picked
-    python evaluate.py --run checkpoints/mini.safetensors                # the shipped weights; numbers in out/mini-HASH
+    python evaluate.py --run checkpoints/mini.safetensors --data data/fluent128      # shipped; numbers in out/mini-HASH
     python evaluate.py --i3d i3d_pretrained_400.pt --dover DOVER.pth --clip open_clip_pytorch_model.bin
     python evaluate.py --compare runs/a runs/b                           # a row for each run that was evaluated
     python evaluate.py --table 3 --rows "DFGN=runs/ablations/A-*" "DFGN + DDU=runs/ablations/C-*"  # or 1, 2, 4
@@ -171,7 +171,8 @@ class EvalSet:
         stickers = StickerSet(args.data, groups=args.groups)
         self.T, self.size, self.set_hash = T, stickers.size, stickers.meta["hash"]
         if size not in (None, self.size):
-            raise UserError(f"--data {args.data}: {self.size} px, the model makes {size}")
+            raise UserError(f"--data {args.data}: {self.size} px, the model makes {size}; "
+                            f"`python data.py fluent --size {size} --out DIR` makes a set of that size")
         inside = stickers.split == args.split
         records = pick(stickers, args.n, T, args.seed, inside)
         n, where = len(records), f"--groups {' '.join(args.groups)}, {args.data}" if args.groups else args.data

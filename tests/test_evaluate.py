@@ -310,7 +310,7 @@ def test_sets_that_cannot_be_measured(world, tmp_path, capsys):
     """The floor wants as many clips of other splits; without them the rest is measured."""
     data.main(["synthetic", "--n", "8", "--size", "20", "--out", str(tmp_path / "set")])
     few = r"--split val: 1 concepts with 8 frames in --groups star, .*train 10, val 1, test \d"
-    for more, reason in ((["--data", tmp_path / "set"], "20 px, the model makes 16"),
+    for more, reason in ((["--data", tmp_path / "set"], "20 px, the model makes 16; `python data.py fluent --size 16 "),
                          (["--split", "val", "--groups", "star"], few)):
         with pytest.raises(UserError, match=reason):
             evaluate.main(command(world, *more))
