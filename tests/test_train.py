@@ -33,8 +33,7 @@ RUN_FILES = {"config.json", "log.jsonl", "state.pt", "state.prev.pt", "model.saf
 
 
 def options(argv, **changes):
-    """argv with --name value pairs behind it, which win; float32, so that no start is timed."""
-    changes = dict(dict(precision="float32"), **changes)
+    """argv with --name value pairs behind it, which win."""
     return [*argv, *(str(x) for k, v in changes.items() for x in ("--" + k.replace("_", "-"), v))]
 
 
