@@ -39,7 +39,7 @@ from lib.nets import peft
 from lib.nets.grow import grow_dfgn
 from lib.nets.text import learnt_concepts
 from lib.nets.towers import cache_features, name_minilm, name_tower
-from lib.nets.weights import load_fitting, model_file, read_metadata
+from lib.nets.weights import load_fitting
 from lib.run import loop
 from lib.run.checkpoints import check_same_config, lock_run, states
 from lib.run.distributed import gather, on_rank_0, setup
@@ -136,10 +136,9 @@ class DFGNStage(Stage):
             self.inputs["minilm"] = self.tower["hash"]
         self.vae, meta = load_like("--vae", config.vae, self.preset.vae)
         self.inputs["vae"], self.names["vae"] = meta["latents"], meta["names"]
-        self.grown_from = {name: value for name, value in meta.items() if name == "grown_from"}
+        self.grown_from = dict(grown_from=meta["grown_from"]) if "grown_from" in meta else {}
         if config.base:
-            self.base = load_base(config, self.preset, meta, self.tower)
-            self.grows = meta.get("grown_from") == read_metadata(model_file(config.base))["vae"]
+            self.base, self.grows = load_base(config, self.preset, meta, self.tower)
             self.add_input("base", config.base)
         if config.absorber:
             self.absorber = load_absorber(config.absorber, config.rank, self.names["base"])

@@ -94,7 +94,7 @@ def test_a_grown_dfgn_begins_as_the_smaller_one():
 def test_train_grows_both(vae_argv, dfgn_argv, tiny_vae, tiny_dfgn, stickers32, tmp_path):
     """--base of half the size: the encoder is the smaller one's and stays; the DFGN goes on where it was."""
     base, net, vae = tiny_vae / "model.safetensors", tiny_dfgn / "model.safetensors", tmp_path / "vae"
-    large = ["--data", stickers32, "--precision", "float32", "--set", *TWICE]
+    large = ["--data", stickers32, "--set", *TWICE]
     run_train(*vae_argv, *large, "--base", base, "--steps", 2, "--out", vae)
     (small, _), (grown, meta) = load_vae(base), load_vae(vae)
     assert meta["grown_from"] == identity(base) and meta["latents"] == identity(vae) != identity(base)

@@ -388,7 +388,8 @@ def test_a_run_starts_from_weights_of_another_size(tiny_dfgn):
     """As mini-128 from mini: latents of other channels, so what meets them starts anew and the rest does not."""
     base = str(tiny_dfgn / "model.safetensors")
     config = preset("tiny", ["vae.size=32", "vae.patch=4", "vae.latent_channels=32", "dfgn.channels=32"])
-    weights = load_base(TrainConfig(base=base), config, dict(names=["another"]), None)
+    weights, grows = load_base(TrainConfig(base=base), config, dict(names=["another"]), None)
+    assert not grows
     net = RDTF(replace(config, text=load_rdtf(base)[0].config.text))
     before = {key: w.clone() for key, w in net.state_dict().items()}
     new = set(load_fitting(net, weights, base, True))

@@ -53,19 +53,21 @@ class VAEStage(Stage):
             self.add_input("base", config.base)
 
     def network(self, fresh):
-        self.net, small = VAE(self.preset.vae), self.base and fits(self.base.config, self.preset.vae)
-        if fresh and (small or not self.base and self.preset.vae.shortcut):
-            images = [draw_image(self.stickers, self.config.seed, 0, n)[0] for n in range(256)]
-            images = self.net.images(torch.stack(images))
-            if small:
-                self.base = grow_vae(self.base, self.preset.vae, images)
-            else:
-                self.net.start_shortcut(images)
+        self.net = VAE(self.preset.vae)
+        if fresh and self.base:
+            small = fits(self.base.config, self.preset.vae)
+            base = grow_vae(self.base, self.preset.vae, self.first_images()) if small else self.base
+            self.net.load_state_dict(base.state_dict())
+        elif fresh and self.preset.vae.shortcut:
+            self.net.start_shortcut(self.first_images())
         if self.base:                         # the encoder stays, and so do the latents that a DFGN is trained on
-            if fresh:
-                self.net.load_state_dict(self.base.state_dict())
             self.net.freeze_encoder()
         return self.net.to(self.device)
+
+    def first_images(self):
+        """Images (256, C, S, S) whose principal components a network starts with."""
+        images = [draw_image(self.stickers, self.config.seed, 0, n)[0] for n in range(256)]
+        return self.net.images(torch.stack(images))
 
     def batches(self, start, workers=0):
         """Yield (arguments of VAE.forward, tags (b, 4)): no task, no timestep, number of the sticker, frames."""
@@ -118,7 +120,8 @@ READS_TEXT = "text.", ".cross.to_kv.", ".text_pool."  # in the names of what mak
 
 
 def load_base(c, config, vae, tower):
-    """Weights of the run --base, its vocabulary too; it must be of the same configuration and VAE (its metadata).
+    """(weights of the run --base, its vocabulary too; whether its VAE is the one that this VAE, by its metadata, was
+    grown from). It must be of the same configuration and VAE.
 
     Where it has another text encoder or tower, all that reads the text starts anew; where its latents have other
     channels, what meets them, or, where the VAE was grown from its VAE, what meets the channels that it lacks; but not
@@ -132,7 +135,9 @@ def load_base(c, config, vae, tower):
     for part in ("dfgn", "diffusion", *(["text"] if same else [])):
         check_equal(f"--base {c.base}", getattr(theirs, part), getattr(config, part),
                     free=("channels", "known_width", "vocab", "concepts", "given", *(() if same else ("text_width",))))
-    return weights if same else {k: w for k, w in weights.items() if not any(part in k for part in READS_TEXT)}
+    if not same:
+        weights = {k: w for k, w in weights.items() if not any(part in k for part in READS_TEXT)}
+    return weights, meta["vae"] == vae.get("grown_from")
 
 
 def silence(dfgn, new):
