@@ -7,6 +7,7 @@
     python data.py folder DIR                    any folder of GIF, WebP, APNG, PNG, JPEG files    -> data/folder
     python data.py long-tail SET                 a set whose training stickers keep few frames     -> data/long-tail
     python data.py mirrored SET                  its moving training stickers, left for right      -> data/mirrored
+    python data.py varied SET                    they in other places, sizes, hues; with no text   -> data/varied
     python data.py synthetic                     captioned moving shapes, no network needed        -> data/synthetic
 
 Key frames: paper Fig. 3 and Table 6. Condition masks: paper Table 7. Every draw is a function of (seed, step, n).
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 
 from lib.media import sources
-from lib.media.index import SPLITS, Chain, Index, JoinedIndex, Members
+from lib.media.index import SPLITS, WORDLESS, Chain, Index, JoinedIndex, Members
 from lib.media.pictures import even_frames, to_tensor
 from lib.media.prepare import prepare
 from lib.nets.towers import clip_tokenizer
@@ -99,16 +100,19 @@ def draw_frames(c, step, T):
     return (T if whole else int(rng.integers(3, T))), 1
 
 
-def draw_condition(c, p, u, n, T, timesteps):
+def draw_condition(c, p, u, n, T, timesteps, wordless=False):
     """(task number, condition mask (T,), whether the text is kept, timestep, whether it runs backwards, which other
     sticker's text it has: a place in [0, 1), or None) of a clip of n frames.
 
-    c: train.TrainConfig. p: probabilities of TASKS. u (4,) in [0, 1): the draws of each of these, in this order."""
+    c: train.TrainConfig. p: probabilities of TASKS. u (4,) in [0, 1): the draws of each of these, in this order.
+    wordless: the clip's text is not read, so some frames are given where any task but t2v has a chance."""
     for_task, for_mask, for_drop, for_timestep = u
+    if wordless and p[1:].any():
+        p = np.array([0, *p[1:]]) / p[1:].sum()
     task = fit_task(TASKS[min(int(np.searchsorted(p.cumsum(), for_task)), len(TASKS) - 1)], n)
     mask = cond_mask(task, n, T, for_mask)
     text_drop = c.given_text_drop if mask.any() else c.text_drop
-    no_text = task == "i2v" or for_drop < text_drop + c.both_drop
+    no_text = wordless or task == "i2v" or for_drop < text_drop + c.both_drop
     backwards = n == T and mask.any() and for_drop < c.backwards * text_drop
     if text_drop <= for_drop < text_drop + c.both_drop + c.cond_drop:
         mask = np.zeros_like(mask)
@@ -245,8 +249,9 @@ class StickerTexts(Sequence):
 class StickerSet:
     """A prepared set, or its stickers of one split or of some groups; a list of folders: several sets as one.
 
-    records: index records, parsed when asked for; lengths, split, concept: arrays, an entry a record; members: record
-    numbers of each concept, by name; frames: all of the folder, (n, S, S, 4) uint8. It pickles as its arguments."""
+    records: index records, parsed when asked for; lengths, split, concept, wordless (data.py varied): arrays, an entry
+    a record; members: record numbers of each concept, by name; frames: all of the folder, (n, S, S, 4) uint8. It
+    pickles as its arguments."""
     def __init__(self, folder, split=None, groups=None):
         folders = folder if isinstance(folder, list) else [folder]
         index = JoinedIndex(folders) if len(folders) > 1 else Index(folders[0])
@@ -262,6 +267,7 @@ class StickerSet:
         columns = index.columns[chosen]
         self.lengths, self.concept = columns["n"].copy(), columns["concept"].astype(np.int64)
         self.split = np.array(SPLITS)[columns["split"]]
+        self.wordless = np.array([name == WORDLESS for name in self.meta["groups"]], bool)[columns["group"]]
         self.members = Members(self.concept)
 
     def __reduce__(self):
@@ -322,9 +328,9 @@ class ClipDataset(torch.utils.data.Dataset):
     turn: earlier steps of this kind, whole clips or single frames; a function of the step (StepSampler).
     latents: (frames, 2, C, h, w), mean and log-variance. texts: StickerTexts to draw from, if texts must be finite.
     Concepts are visited in permuted order, equally often; which of its variants (skin tone, gender) is drawn, so that
-    twins do not crowd out the rest. T = 1: single frames of any sticker. k "step": clips have T frames; "sample"
-    (paper): 3..T, or all of a shorter sticker's, padded to T. shortest: frames of a sticker that gives clips; None: 3,
-    and 1 where k is drawn for each sample."""
+    twins do not crowd out the rest. T = 1: single frames of any sticker that is not wordless. k "step": clips have T
+    frames; "sample" (paper): 3..T, or all of a shorter sticker's, padded to T. shortest: frames of a sticker that gives
+    clips; None: 3, and 1 where k is drawn for each sample."""
     def __init__(self, sticker_set, latents, seed, batch, T=8, how="kmeans", k="sample", word_dropout=0.2, keywords=0.5,
                  texts=None, feature=(), shortest=None):
         self.set, self.latents, self.texts, self.chances = sticker_set, latents, texts, (word_dropout, keywords)
@@ -334,7 +340,9 @@ class ClipDataset(torch.utils.data.Dataset):
             raise UserError(f"{sticker_set.folder}: no stickers in this split")
         if len(latents) != sticker_set.meta["frames"]:
             raise UserError(f"{sticker_set.folder}: {sticker_set.meta['frames']} frames but {len(latents)} latents")
-        self.everything = sticker_set.members
+        self.everything = Members(sticker_set.concept, np.flatnonzero(~sticker_set.wordless))
+        if not len(self.everything):
+            raise UserError(f"{sticker_set.folder}: a varied set is trained on beside the one that it was made of")
         least = shortest or (1 if k == "sample" else 3)
         self.clips = Members(sticker_set.concept, np.flatnonzero(sticker_set.lengths >= least))
         if not len(self.clips):

@@ -212,8 +212,9 @@ class DFGNStage(Stage):
         Frames that are padding in all of them are left out."""
         T, timesteps = int(clips["n"].max()), self.preset.diffusion.steps
         z, loss_mask = (clips[name][:, :T].to(self.device, non_blocking=True) for name in ("z", "loss_mask"))
-        drawn = [data.draw_condition(self.config, p, u, n, T, timesteps)
-                 for u, n in zip(clips["draws"].tolist(), clips["n"].tolist())]
+        wordless = self.stickers.wordless[clips["index"].numpy()]
+        drawn = [data.draw_condition(self.config, p, u, n, T, timesteps, *more)
+                 for u, n, *more in zip(clips["draws"].tolist(), clips["n"].tolist(), wordless)]
         task, masks, has_text, t, backwards, others = zip(*drawn)
         z = self.vae.standardise(z.flatten(0, 1)).unflatten(0, (-1, T))
         for i in np.flatnonzero(backwards):

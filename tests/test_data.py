@@ -214,6 +214,18 @@ def test_steps_of_whole_clips_and_of_single_frames(synthetic):
             data.ClipDataset(stickers, latents, 0, 4, k="step")
 
 
+def test_wordless_stickers_are_drawn_as_clips_alone(synthetic):
+    stickers = data.StickerSet(synthetic[0], "train")
+    stickers.wordless = np.arange(len(stickers)) % 2 == 1
+    drawn = {T: {int(n) for turn in range(30) for n in range(4) for n in
+                 data.ClipDataset(stickers, synthetic[1], 0, 4).variants(turn, n, T)} for T in (1, 8)}
+    assert drawn[1] == set(np.flatnonzero(~stickers.wordless).tolist())
+    assert drawn[8] & set(np.flatnonzero(stickers.wordless).tolist())
+    stickers.wordless[:] = True
+    with pytest.raises(UserError, match="a varied set is trained on beside the one that it was made of"):
+        data.ClipDataset(stickers, synthetic[1], 0, 4)
+
+
 @pytest.mark.parametrize(("shortest", "k", "least"), [(None, "sample", 1), (2, "sample", 2), (8, "step", 8),
                                                       (8, "sample", 8), (None, "step", 3)])
 def test_clips_come_from_stickers_of_enough_frames(synthetic, shortest, k, least):

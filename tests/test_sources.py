@@ -393,3 +393,47 @@ def test_captions_that_name_a_side_are_not_mirrored():
     named = ("backhand index pointing left", "right-facing fist", "Love Letter", "counterclockwise arrows button")
     assert all(map(sources.ONE_SIDED.search, named))
     assert not any(map(sources.ONE_SIDED.search, ("bright sun", "copyright", "red heart", "person cartwheeling")))
+
+
+def test_a_varied_set_has_the_moving_training_stickers_under_no_words(stickers16, tmp_path):
+    out, whole = tmp_path / "varied", data.StickerSet(stickers16)
+    data.main(["varied", str(stickers16), "--out", str(out), "--workers", "1"])
+    varied = data.StickerSet(out)
+    expected = [r for r in whole.records if r["split"] == "train" and r["n"] > 2]
+    assert len(varied) == len(expected) > 15 and varied.meta["licences"] == whole.meta["licences"]
+    assert varied.wordless.all() and not whole.wordless.any() and varied.meta["groups"] == ["wordless"]
+    for before, after in zip(expected, varied.records):
+        assert {name for name in after if after[name] != before.get(name)} - {"first", "keys"} == {"group"}
+        assert (varied.clip(after, range(after["n"])) != whole.clip(before, range(before["n"]))).any()
+
+
+def test_all_frames_are_varied_alike_and_no_two_stickers():
+    frames = np.zeros((3, 64, 64, 4), np.uint8)
+    frames[0, 22:42, 16:48] = 200, 40, 40, 255                       # a red bar that lies, one that stands, the first
+    frames[1, 16:48, 22:42] = 200, 40, 40, 255
+    frames[2] = frames[0]
+    turned, sizes, hues, centres = [], [], [], []
+    for seed in range(60):
+        out = sources.varied(frames, seed)
+        assert out.shape == frames.shape and np.array_equal(out[0], out[2])
+        assert np.array_equal(out[1:2], sources.varied(frames[1:2], seed))
+        cover = out[..., 3] / 255
+        assert cover[0].sum() == pytest.approx(cover[1].sum(), rel=0.02)
+        y, x = np.nonzero(cover[0] > 0.5)
+        (xx, xy), (_, yy) = np.cov(x, y)
+        turned.append(np.rad2deg(0.5 * np.arctan2(2 * xy, xx - yy)))
+        sizes.append((cover[0].sum() / 640) ** 0.5)
+        centres.append([x.mean() - 31.5, y.mean() - 31.5])
+        red, green, blue = out[0, 32, 32, :3].astype(int)
+        assert max(red, green, blue) == pytest.approx(200, abs=3) and min(red, green, blue) == pytest.approx(40, abs=3)
+        hues.append((red, green, blue) == (200, 40, 40))
+    assert -26 < min(turned) < -15 and 15 < max(turned) < 26
+    assert 0.74 < min(sizes) < 0.8 and 1.05 < max(sizes) < 1.11
+    assert 2.5 < np.abs(centres).max() < 0.06 * 64 + 0.5 and 0.15 < np.mean(hues) < 0.45
+
+
+def test_half_of_the_stickers_are_varied_as_in_a_mirror():
+    frames = np.zeros((1, 64, 64, 4), np.uint8)
+    frames[0, 20:44, 10:32], frames[0, 20:44, 32:54] = (255, 255, 255, 255), (0, 0, 0, 255)
+    left = [out[0, 32, 20, 0] > 128 for out in (sources.varied(frames, seed) for seed in range(60))]
+    assert 0.3 < np.mean(left) < 0.7

@@ -227,6 +227,30 @@ def test_some_clips_of_frames_without_a_text_run_backwards(tiny_dfgn):
     assert turned > 3
 
 
+def test_wordless_clips_have_given_frames_and_no_text(tiny_dfgn, tmp_path):
+    """t2v would have nothing to go by; the other tasks keep their shares of what is left."""
+    p, config = np.array([0.5, 0, 0.2, 0.1, 0.1, 0.1]), TrainConfig(other_text=0.2)
+    chances = data.rng_for(0, 3, 0, 1).random((4000, 4))
+    tasks, masks, text, _, _, others = zip(*(data.draw_condition(config, p, u, 8, 8, 1000, True) for u in chances))
+    assert np.bincount(tasks, minlength=6) / 4000 == pytest.approx([0, 0, 0.4, 0.2, 0.2, 0.2], abs=0.03)
+    assert not any(text) and set(others) == {None}
+    assert np.mean(np.array(masks).any(1)) == pytest.approx(0.85, abs=0.02)      # but for the dropped conditions
+    only = np.eye(6)[0]
+    assert data.draw_condition(config, only, chances[0], 8, 8, 1000, True)[0] == TASKS.index("t2v")
+    trained = read_config(tiny_dfgn)["train"]
+    data.main(["varied", trained["data"][0], "--out", str(tmp_path / "varied"), "--workers", "1"])
+    changes = dict(data=[*trained["data"], str(tmp_path / "varied")], still_share=0.3, steps=12, text_drop=0.0)
+    stage = make_stage(TrainConfig(**dict(trained, **changes)))
+    stage.prepare()
+    empty, seen = data.tokenize([""])[0], 0
+    for batch, tags in stage.batches(0):
+        wordless = stage.stickers.wordless[tags[:, 2]]
+        seen += wordless.sum()
+        assert all(torch.equal(row, empty) for row in batch["text"][wordless])
+        assert (tags[wordless, 0] > 0).all() and (tags[wordless, 3] > 1).all()
+    assert seen > 3
+
+
 def test_some_texts_beside_given_frames_are_another_stickers(tiny_dfgn):
     """So that a caption known by heart does not override frames that say something else."""
     assert {d[5] for d in draws()} == {None}

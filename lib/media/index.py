@@ -10,6 +10,7 @@ from lib.run.files import UserError, json_hash, parse_line, read_json
 
 VERSION = 3                                      # of the format: raise it when the files of a set change
 SPLITS = ("train", "val", "test")
+WORDLESS = "wordless"                  # group of stickers whose texts are not read in training (data.py varied)
 
 # The end of a line in index.jsonl, frames, numbers of the split (in SPLITS), group (in meta.json) and concept (sorted).
 COLUMNS = np.dtype([("end", "u8"), ("n", "u4"), ("split", "u1"), ("group", "u4"), ("concept", "u4")])

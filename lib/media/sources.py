@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lib.media.index import SPLITS, Index
+from lib.media.index import SPLITS, WORDLESS, Index
 from lib.media.pictures import FORMATS, MAX_BYTES, MAX_FRAMES, durations_of_kept, even_frames
 from lib.media.vectors import HANDS, name_key, read_hand
 from lib.media.vectors import LICENCES as OF_HANDS
@@ -481,9 +481,50 @@ def mirrored_job(folder, row):
                 source=(frames[:, :, ::-1], record["durations"]), keep=record.get("keyframe_idx", ()))
 
 
+def varied_rows(folder):
+    """Rows of a prepared set that varied_job takes: of train stickers that move."""
+    columns = read_index(folder).columns
+    return np.flatnonzero((columns["split"] == SPLITS.index("train")) & (columns["n"] > 2)).tolist()
+
+
+def varied_job(folder, row):
+    """A row of a prepared set -> job: the sticker as `varied` shows it, by a hash of its name. No caption asks for such
+    a picture, so it is of the group whose texts are not read in training."""
+    index = read_index(folder)
+    record = index[row]
+    frames = index.frames[[record["first"] + i for i in range(record["n"])]]
+    seed = int.from_bytes(hashlib.sha256(f"varied {record['file']}".encode()).digest()[:8], "big")
+    return dict(labels_of(record), group=WORDLESS, source=(varied(frames, seed), record["durations"]),
+                keep=record.get("keyframe_idx", ()))
+
+
+def varied(frames, seed):
+    """(n, S, S, 4) straight RGBA -> the same, all frames alike: turned by up to 25 degrees, of 0.75 to 1.1 times the
+    size, moved by up to 6 % of the side, half of them mirrored, 70 % in other hues."""
+    rng, side = np.random.default_rng(seed), frames.shape[1]
+    angle, scale = np.deg2rad(rng.uniform(-25, 25)), rng.uniform(0.75, 1.1)
+    shift, mirror = rng.uniform(-0.06, 0.06, 2), rng.choice([-1, 1])
+    hue = int(rng.integers(1, 256)) if rng.random() < 0.7 else 0
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / scale      # from new to old
+    turn[0] *= mirror
+    size = 2 * side                              # and back: a transform of Pillow's takes no mean where it shrinks
+    offset = size / 2 - turn @ (size / 2 + shift * size)
+    matrix = *turn[0], offset[0], *turn[1], offset[1]
+
+    def vary(frame):
+        image = Image.fromarray(frame)
+        h, s, v = image.convert("RGB").convert("HSV").split()
+        rgb = Image.merge("HSV", (h.point(lambda x: (x + hue) % 256), s, v)).convert("RGB")
+        image = Image.merge("RGBA", (*rgb.split(), image.getchannel("A"))).convert("RGBa")
+        large = image.resize((size, size), Image.Resampling.BICUBIC)
+        turned = large.transform(large.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+        return np.asarray(turned.resize((side, side), Image.Resampling.BOX).convert("RGBA"))
+    return np.stack([vary(frame) for frame in frames])
+
+
 # command: what the source is called, rows of the set that are taken, how one becomes a job
 OF_A_SET = {"long-tail": ("long tail of", lambda folder: range(len(read_index(folder))), long_tail_job),
-            "mirrored": ("mirrored", mirrored_rows, mirrored_job)}
+            "mirrored": ("mirrored", mirrored_rows, mirrored_job), "varied": ("varied", varied_rows, varied_job)}
 
 
 # ---- the command line of data.py

@@ -13,7 +13,7 @@ def parse_options(doc, argv=None):
     """The options, checked. doc: of the script."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    names = "fluent", "emoji", "vsd2m", "folder", "long-tail", "mirrored", "synthetic"
+    names = "fluent", "emoji", "vsd2m", "folder", "long-tail", "mirrored", "varied", "synthetic"
     add = {name: commands.add_parser(name).add_argument for name in names}
     parts = list(sources.FLUENT)
     add["fluent"]("--parts", type=int, nargs="+", choices=parts, default=parts, help="which packages")
@@ -28,6 +28,7 @@ def parse_options(doc, argv=None):
     add["folder"]("folder")
     add["long-tail"]("set", help="prepared set whose training stickers keep 2 to 8 frames, most of them few")
     add["mirrored"]("set", help="prepared set whose moving training stickers are mirrored")
+    add["varied"]("set", help="prepared set whose moving training stickers are turned, moved, sized and coloured anew")
     add["synthetic"]("--n", type=int, default=64, help="stickers to draw")
     for name in ("vsd2m", "folder"):
         add[name]("--allow-outside", action="store_true", help="read files outside the folder too")
