@@ -213,8 +213,8 @@ class DFGNStage(Stage):
         T, timesteps = int(clips["n"].max()), self.preset.diffusion.steps
         z, loss_mask = (clips[name][:, :T].to(self.device, non_blocking=True) for name in ("z", "loss_mask"))
         wordless = self.stickers.wordless[clips["index"].numpy()]
-        drawn = [data.draw_condition(self.config, p, u, n, T, timesteps, *more)
-                 for u, n, *more in zip(clips["draws"].tolist(), clips["n"].tolist(), wordless)]
+        drawn = [data.draw_condition(self.config, p, u, n, T, timesteps, untold)
+                 for u, n, untold in zip(clips["draws"].tolist(), clips["n"].tolist(), wordless.tolist())]
         task, masks, has_text, t, backwards, others = zip(*drawn)
         z = self.vae.standardise(z.flatten(0, 1)).unflatten(0, (-1, T))
         for i in np.flatnonzero(backwards):

@@ -454,6 +454,11 @@ def long_tail_job(folder, row):
     return dict(labels_of(record), source=source, keep=record.get("keyframe_idx", ()) if whole else ())
 
 
+def frames_of(index, record):
+    """All frames of a record, (n, S, S, 4) uint8."""
+    return index.frames[[record["first"] + i for i in range(record["n"])]]
+
+
 def labels_of(record):
     """What a job takes over from a record."""
     names = "file", "caption", "keywords", "concept", "group", "split", "style"
@@ -463,11 +468,15 @@ def labels_of(record):
 ONE_SIDED = re.compile(r"\b(left|right|(?:anti|counter)?clockwise|letters?|writing|abcd?|latin)\b", re.IGNORECASE)
 
 
+def moving_rows(folder):
+    """Rows of a prepared set's train stickers that move."""
+    columns = read_index(folder).columns
+    return np.flatnonzero((columns["split"] == SPLITS.index("train")) & (columns["n"] > 2)).tolist()
+
+
 def mirrored_rows(folder):
     """Rows of a prepared set that mirrored_job takes: of train stickers that move and whose caption names no side."""
-    index = read_index(folder)
-    rows = np.flatnonzero((index.columns["split"] == SPLITS.index("train")) & (index.columns["n"] > 2))
-    return [row for row in rows.tolist() if not ONE_SIDED.search(index[row]["caption"])]
+    return [row for row in moving_rows(folder) if not ONE_SIDED.search(read_index(folder)[row]["caption"])]
 
 
 def mirrored_job(folder, row):
@@ -475,16 +484,9 @@ def mirrored_job(folder, row):
     without the word would ask for either."""
     index = read_index(folder)
     record = index[row]
-    frames = index.frames[[record["first"] + i for i in range(record["n"])]]
     return dict(labels_of(record), caption=f"{record['caption']}, mirrored",
                 style=f"mirrored {record.get('style', '')}".strip(),
-                source=(frames[:, :, ::-1], record["durations"]), keep=record.get("keyframe_idx", ()))
-
-
-def varied_rows(folder):
-    """Rows of a prepared set that varied_job takes: of train stickers that move."""
-    columns = read_index(folder).columns
-    return np.flatnonzero((columns["split"] == SPLITS.index("train")) & (columns["n"] > 2)).tolist()
+                source=(frames_of(index, record)[:, :, ::-1], record["durations"]), keep=record.get("keyframe_idx", ()))
 
 
 def varied_job(folder, row):
@@ -492,9 +494,8 @@ def varied_job(folder, row):
     a picture, so it is of the group whose texts are not read in training."""
     index = read_index(folder)
     record = index[row]
-    frames = index.frames[[record["first"] + i for i in range(record["n"])]]
     seed = int.from_bytes(hashlib.sha256(f"varied {record['file']}".encode()).digest()[:8], "big")
-    return dict(labels_of(record), group=WORDLESS, source=(varied(frames, seed), record["durations"]),
+    return dict(labels_of(record), group=WORDLESS, source=(varied(frames_of(index, record), seed), record["durations"]),
                 keep=record.get("keyframe_idx", ()))
 
 
@@ -524,7 +525,7 @@ def varied(frames, seed):
 
 # command: what the source is called, rows of the set that are taken, how one becomes a job
 OF_A_SET = {"long-tail": ("long tail of", lambda folder: range(len(read_index(folder))), long_tail_job),
-            "mirrored": ("mirrored", mirrored_rows, mirrored_job), "varied": ("varied", varied_rows, varied_job)}
+            "mirrored": ("mirrored", mirrored_rows, mirrored_job), "varied": ("varied", moving_rows, varied_job)}
 
 
 # ---- the command line of data.py
