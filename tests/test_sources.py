@@ -407,6 +407,21 @@ def test_a_varied_set_has_the_moving_training_stickers_under_no_words(stickers16
         assert (varied.clip(after, range(after["n"])) != whole.clip(before, range(before["n"]))).any()
 
 
+def test_another_seed_varies_a_set_otherwise(stickers16, tmp_path):
+    sets = []
+    for name, options in (("none", []), ("0", ["--seed", "0"]), ("1", ["--seed", "1"])):
+        data.main(["varied", str(stickers16), "--out", str(tmp_path / name), "--workers", "1", *options])
+        sets.append(data.StickerSet(tmp_path / name))
+    first, same, other = sets
+    assert first.meta["hash"] == same.meta["hash"] != other.meta["hash"]
+    assert other.meta["source"] == f"{first.meta['source']}, seed 1"
+    assert len(first) == len(other)
+    for a, b in zip(first.records, other.records):
+        assert (first.clip(a, range(a["n"])) != other.clip(b, range(b["n"]))).any()
+    with pytest.raises(UserError, match="--seed"):
+        data.main(["varied", str(stickers16), "--out", str(tmp_path / "2"), "--seed", "-1"])
+
+
 def test_all_frames_are_varied_alike_and_no_two_stickers():
     frames = np.zeros((3, 64, 64, 4), np.uint8)
     frames[0, 22:42, 16:48] = 200, 40, 40, 255                       # a red bar that lies, one that stands, the first

@@ -489,13 +489,14 @@ def mirrored_job(folder, row):
                 source=(frames_of(index, record)[:, :, ::-1], record["durations"]), keep=record.get("keyframe_idx", ()))
 
 
-def varied_job(folder, row):
-    """A row of a prepared set -> job: the sticker as `varied` shows it, by a hash of its name. No caption asks for such
-    a picture, so it is of the group whose texts are not read in training."""
+def varied_job(folder, seed, row):
+    """A row of a prepared set -> job: the sticker as `varied` shows it, by the seed and a hash of its name. No caption
+    asks for such a picture, so it is of the group whose texts are not read in training."""
     index = read_index(folder)
     record = index[row]
-    seed = int.from_bytes(hashlib.sha256(f"varied {record['file']}".encode()).digest()[:8], "big")
-    return dict(labels_of(record), group=WORDLESS, source=(varied(frames_of(index, record), seed), record["durations"]),
+    name = int.from_bytes(hashlib.sha256(f"varied {record['file']}".encode()).digest()[:8], "big")
+    frames = varied(frames_of(index, record), [name, seed])
+    return dict(labels_of(record), group=WORDLESS, source=(frames, record["durations"]),
                 keep=record.get("keyframe_idx", ()))
 
 
@@ -547,8 +548,10 @@ def source_of(o):
         name, rows_of, job = OF_A_SET[o.command]
         index, rows = read_index(o.set), rows_of(o.set)
         o.size, o.most_frames = index.meta["size"], index.meta["most_frames"]
-        return (f"{name} {index.meta['hash'][:12]}", lambda: rows,
-                dict(total=len(rows), read=functools.partial(job, o.set), licences=index.meta["licences"]))
+        seeds = [o.seed] if o.command == "varied" else []
+        name = f"{name} {index.meta['hash'][:12]}" + "".join(f", seed {seed}" for seed in seeds if seed)
+        read = functools.partial(job, o.set, *seeds)
+        return name, lambda: rows, dict(total=len(rows), read=read, licences=index.meta["licences"])
     outside = ", files outside too" if o.allow_outside else ""
     if o.command == "vsd2m":
         digest, total = survey(o.manifest, o.root, o.limit, o.allow_outside, check=True)

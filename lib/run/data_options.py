@@ -29,6 +29,7 @@ def parse_options(doc, argv=None):
     add["long-tail"]("set", help="prepared set whose training stickers keep 2 to 8 frames, most of them few")
     add["mirrored"]("set", help="prepared set whose moving training stickers are mirrored")
     add["varied"]("set", help="prepared set whose moving training stickers are turned, moved, sized and coloured anew")
+    add["varied"]("--seed", type=int, default=0, help="of the changes: another one for another copy")
     add["synthetic"]("--n", type=int, default=64, help="stickers to draw")
     for name in ("vsd2m", "folder"):
         add[name]("--allow-outside", action="store_true", help="read files outside the folder too")
@@ -39,7 +40,8 @@ def parse_options(doc, argv=None):
             add[name]("--size", type=int, default=64, help="pixels a side")
             add[name]("--most-frames", type=int, default=MAX_FRAMES, help="frames of a long clip in the set")
     o = parser.parse_args(argv)
-    check_least(o, **{name: 1 for name in ("size", "workers", "most_frames", "n", "limit") if name in o})
+    check_least(o, **{name: 1 for name in ("size", "workers", "most_frames", "n", "limit") if name in o},
+                **{name: 0 for name in ("seed",) if name in o})
     if o.command not in sources.OF_A_SET:
         check_most(o, size=1024, most_frames=MAX_DECODED)
     if not Path(o.out).name:
