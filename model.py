@@ -75,7 +75,7 @@ class SamplingConfig:                     # what sample.py does unless it is tol
     eta: float = 0.0                      # fresh noise: 0 none, 1 as much as DDPM
     text_scale: float = 3.0               # text guidance where no frame is given
     given_text_scale: float = 1.0         # text guidance where frames are given
-    image_scale: float = 2.0              # guidance by the given frames
+    image_scale: float = 1.5              # guidance by the given frames
 
 
 @dataclass
