@@ -25,7 +25,7 @@ def parse_options(doc, tasks, argv=None):
     parser.add_argument("--order", type=int, choices=(1, 2), help="of the steps (paper 1; mini 2)")
     parser.add_argument("--eta", type=float, help="fresh noise of DDIM, 0..1 (paper 1; mini 0)")
     parser.add_argument("--text-scale", type=float, help="text guidance (paper 7.5; mini 3, 1 where frames are given)")
-    parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 2)")
+    parser.add_argument("--image-scale", type=float, help="guidance of the given frames (paper 7.5; mini 1.5)")
     parser.add_argument("--duration", type=int, help="milliseconds a frame; default: as in --frames, or else 125")
     parser.add_argument("--out", help="file (.webp, .gif, .png) or folder to write; default: PROMPT.webp")
     parser.add_argument("--sheet", help="PNG contact sheet of all stickers")
