@@ -40,8 +40,8 @@ def parse_options(doc, argv=None):
             add[name]("--size", type=int, default=64, help="pixels a side")
             add[name]("--most-frames", type=int, default=MAX_FRAMES, help="frames of a long clip in the set")
     o = parser.parse_args(argv)
-    check_least(o, **{name: 1 for name in ("size", "workers", "most_frames", "n", "limit") if name in o},
-                **{name: 0 for name in ("seed",) if name in o})
+    least = dict(size=1, workers=1, most_frames=1, n=1, limit=1, seed=0)
+    check_least(o, **{name: least[name] for name in least if name in o})
     if o.command not in sources.OF_A_SET:
         check_most(o, size=1024, most_frames=MAX_DECODED)
     if not Path(o.out).name:
