@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.nets.autoencoder import SD_VAE, VAE, VAEConfig
 from lib.nets.cpu import Conv3x3, Linear
-from lib.nets.layers import GEGLU, Attention, Skip, masked_mean, zero_
+from lib.nets.layers import GEGLU, Attention, Skip, masked_mean, sinusoid, zero_
 from lib.nets.text import SentenceEncoder, TextEncoder
 from lib.nets.weights import load_model
 from lib.run.files import UserError
@@ -99,15 +99,6 @@ class Config:
         return Config(**{**d, **made})
 
     to_dict = asdict
-
-
-# ---- small parts
-def sinusoid(positions, width):
-    """Sines and cosines of positions (N,) -> (N, width), as in DDPM."""
-    half = width // 2
-    freqs = torch.exp(torch.arange(half, device=positions.device) * (-9.210340371976184 / half))  # ln 10,000
-    args = positions.float()[:, None] * freqs
-    return F.pad(torch.cat([args.cos(), args.sin()], dim=-1), (0, width % 2))
 
 
 # ---- layers of the DFGN

@@ -12,6 +12,7 @@ import model
 from data import tokenize
 from lib.nets.autoencoder import VAE, VAEConfig, compose, load_vae
 from lib.nets.cpu import Conv3x3, Linear, attend
+from lib.nets.layers import sinusoid
 from lib.nets.text import END, TextEncoder
 from lib.nets.weights import SD_SCALE
 from lib.run.files import UserError
@@ -196,7 +197,7 @@ def test_frames_are_mixed(temporal):
 # ---- parts
 def test_sines_and_cosines_of_a_number():
     want = [np.cos(3), np.cos(0.03), np.sin(3), np.sin(0.03), 0]                # 1 and 1 / 100: from 1 to 1 / 10,000
-    assert model.sinusoid(torch.tensor([0, 3]), 5)[1].tolist() == pytest.approx(want, abs=1e-6)
+    assert sinusoid(torch.tensor([0, 3]), 5)[1].tolist() == pytest.approx(want, abs=1e-6)
 
 
 def test_sti_by_hand():

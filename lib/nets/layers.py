@@ -1,4 +1,5 @@
-"""Small parts that several networks have: attention, the gated feed-forward layer, the nearest given frame."""
+"""Small parts that several networks have: attention, the gated feed-forward layer, sines of positions, the nearest
+given frame."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,6 +25,14 @@ def nearest_given(cond_mask):
     places = torch.arange(cond_mask.shape[-1], device=cond_mask.device)
     distance = (places[:, None] - places).abs() + len(places) * (cond_mask[..., None, :] == 0)    # (..., T, T)
     return distance.argmin(-1)
+
+
+def sinusoid(positions, width):
+    """Sines and cosines of positions (N,) -> (N, width), as in DDPM."""
+    half = width // 2
+    freqs = torch.exp(torch.arange(half, device=positions.device) * (-9.210340371976184 / half))  # ln 10,000
+    args = positions.float()[:, None] * freqs
+    return F.pad(torch.cat([args.cos(), args.sin()], dim=-1), (0, width % 2))
 
 
 class Skip(nn.Module):
