@@ -54,6 +54,7 @@ class DFGNConfig:
     known_width: int = 0                  # of the attention over them; 0: 4 x channels
     given: str = "difference"             # to a fill from given frames is diffused; zeros: other frames' input (paper)
     fade: int = 16                        # power of sigma by which the fill's share in z_t fades; 0: it is always whole
+    gate: bool = False                    # of the fill in the output, learnt: a picture becomes a difference to it
     pool_text: bool = True                # add the mean text feature to the time embedding
 
 
@@ -354,6 +355,7 @@ class DFGN(nn.Module):
     forward: z_t (B, T, c, h, w) noisy latents, t (B,) int64, context (B, L, D) text features, known (B, T, c, h, w)
     latents of the given frames, cond_mask and loss_mask (B, T) -> prediction (B, T, c, h, w). Level i is (B*T,
     widths[i], h / 2**i, w / 2**i); what stem, layers and halvings give on the way down is a skip on the way up.
+    A gate multiplies `known` in the output: -1 makes of a picture a difference to the fill, zero, as at first, nothing.
 
     checkpointing: keep each layer's input alone for the backward pass, which computes the rest again."""
 
@@ -392,6 +394,7 @@ class DFGN(nn.Module):
                 self.upsamplers.append(nn.Sequential(*up))
         self.norm_out = nn.GroupNorm(c.groups, width)
         self.conv_out = zero_(nn.Conv2d(width, c.channels, 3, padding=1))
+        self.gate = zero_(nn.Conv2d(width, c.channels, 3, padding=1)) if c.gate else None
 
     def embed_time(self, t, context, context_mask):
         emb = self.time(sinusoid(t, self.config.widths[0]).to(context.dtype))
@@ -423,7 +426,9 @@ class DFGN(nn.Module):
                 x = self.run(layer, torch.cat([x, skips.pop()], 1), clip)
             if level < len(self.upsamplers):
                 x = self.upsamplers[level](x)
-        return self.conv_out(F.silu(self.norm_out(x))).unflatten(0, (-1, clip.frames))
+        x = F.silu(self.norm_out(x))
+        out = self.conv_out(x) if self.gate is None else self.conv_out(x) + self.gate(x) * known.flatten(0, 1)
+        return out.unflatten(0, (-1, clip.frames))
 
 
 # ---- diffusion
@@ -556,12 +561,12 @@ PRESETS = {
     "tiny": Config(  # tests: seconds
         name="tiny", vae=VAEConfig(size=16, patch=2, widths=(8, 16, 16), latent_channels=16, groups=4),
         text=TextConfig(kind="small", width=16, layers=1),
-        dfgn=DFGNConfig(channels=16, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_head_dim=8),
+        dfgn=DFGNConfig(channels=16, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_head_dim=8, gate=True),
         sampling=TABLE6),
-    "mini": Config(),  # 2 CPU cores, 64 px
+    "mini": Config(dfgn=DFGNConfig(gate=True)),  # 2 CPU cores, 64 px
     "mini-128": Config(  # 128 px; grows from mini, see lib/nets/grow.py
         name="mini-128", vae=VAEConfig(size=128, patch=8, latent_channels=96),
-        dfgn=DFGNConfig(channels=96, known_width=192)),
+        dfgn=DFGNConfig(channels=96, known_width=192, gate=True)),
     "paper": Config(  # Table 6: 0.960 B parameters, 256 px, the VAE of Stable Diffusion
         name="paper",
         vae=SD_VAE,
@@ -571,7 +576,7 @@ PRESETS = {
         diffusion=DiffusionConfig(prediction="eps", terminal=0.0, max_weight=0.0), sampling=TABLE6),
 }
 # Larger networks of text to video alone, 1.3 times the parameters of RDTF, for others to tune (lib/nets/peft.py).
-BASE = dict(temporal="none", known=False, given="difference")
+BASE = dict(temporal="none", known=False, given="difference", gate=False)
 for name, of, changes in (("tiny-base", "tiny", {}), ("base", "mini", dict(widths=(112, 224), ff_mult=3)),
                           ("paper-base", "paper", dict(widths=(384, 768, 1280, 1280)))):
     PRESETS[name] = replace(PRESETS[of], name=name, dfgn=replace(PRESETS[of].dfgn, **BASE, **changes))

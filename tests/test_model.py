@@ -95,7 +95,8 @@ def test_128_px_change_nothing_but_what_meets_latents():
     with torch.device("meta"):
         old, new = RDTF(small).state_dict(), RDTF(large).state_dict()
     changed = {key for key in new if key not in old or new[key].shape != old[key].shape}
-    assert {key.rsplit(".", 1)[0] for key in changed if ".known." not in key} == {"dfgn.stem.conv", "dfgn.conv_out"}
+    assert {key.rsplit(".", 1)[0] for key in changed if ".known." not in key} == {"dfgn.stem.conv", "dfgn.conv_out",
+                                                                                             "dfgn.gate"}
     assert old.keys() == new.keys() and any(".stem.known." in key for key in changed)
 
 
@@ -351,6 +352,26 @@ def test_text_alone_is_what_it_was():
             assert torch.equal(*losses) and torch.equal(*eps)
         given = [net(**x, cond_mask=COND, loss_mask=MASK) for net in nets]
     assert given[0][0] != given[1][0] and given[0][1] == given[1][1]           # of the second only padding is given
+
+
+def test_the_gate_makes_of_a_picture_a_difference_to_the_fill():
+    gated, plain = randomise(RDTF(tiny())), RDTF(tiny("dfgn.gate=false"))
+    state = {k: w for k, w in gated.state_dict().items() if ".gate." not in k}
+    assert gated.state_dict().keys() - state.keys() == {"dfgn.gate.weight", "dfgn.gate.bias"}
+    plain.load_state_dict(state)
+    t, tokens, real = torch.tensor([999, 999]), tokenize(["a", "b"]), torch.ones(2, 4)
+    one = torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]])
+    x = latents(2, 4, 1), t, *gated.encode_text(tokens), latents(2, 4), one, real
+    with torch.no_grad():
+        by_cell = gated.z0(*x) - plain.z0(*x)
+        assert not by_cell[1].any() and by_cell[0].std() > 0.01                # of no frames there is no fill
+        gated.dfgn.gate.weight.zero_(), gated.dfgn.gate.bias.fill_(-1)
+        difference, picture = gated.z0(*x), plain.z0(*x)
+    assert torch.allclose(difference[0], picture[0] - x[4][0, :1], atol=1e-5)
+    assert torch.equal(difference[1], picture[1])
+    with torch.no_grad():
+        gated.dfgn.gate.bias.zero_()
+        assert torch.equal(gated.z0(*x), picture)                              # as at first
 
 
 def test_the_known_frames_encoder_has_a_skip_and_both_its_branches_live():

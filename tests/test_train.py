@@ -19,7 +19,7 @@ from data import TASKS
 from lib.media.pictures import to_tensor, write_animation
 from lib.nets.autoencoder import load_vae
 from lib.nets.towers import load_tower
-from lib.nets.weights import identity, load_fitting, save_model
+from lib.nets.weights import identity, load_fitting, read_metadata, save_model
 from lib.run import loop
 from lib.run.checkpoints import check_same_config, flat, read_config, shown
 from lib.run.files import UserError, file_hash
@@ -417,11 +417,26 @@ def test_a_run_starts_from_weights_of_another_size(tiny_dfgn):
     net = RDTF(replace(config, text=load_rdtf(base)[0].config.text))
     before = {key: w.clone() for key, w in net.state_dict().items()}
     new = set(load_fitting(net, weights, base, True))
-    assert {key.split(".")[1] for key in new} == {"stem", "conv_out"}
+    assert {key.split(".")[1] for key in new} == {"stem", "conv_out", "gate"}
     for key, w in net.state_dict().items():
         assert torch.equal(w, before[key] if key in new else weights[key]), key
     with pytest.raises(UserError, match=f"--base {base}: trained with another VAE"):
         load_base(TrainConfig(base=base, method="simda"), config, dict(names=["another"]), None)
+
+
+def test_a_run_starts_from_weights_without_a_gate_but_not_the_other_way(tiny_dfgn, tmp_path):
+    base, gated, plain = str(tiny_dfgn / "model.safetensors"), PRESETS["tiny"], preset("tiny", ["dfgn.gate=false"])
+    meta, weights = read_metadata(base), load_rdtf(base)[0].state_dict()
+    meta["config"]["dfgn"].pop("gate")                                         # as in files from before there was one
+    old = str(tmp_path / "old.safetensors")
+    save_model(old, {k: w for k, w in weights.items() if ".gate." not in k}, **meta)
+    assert load_rdtf(old)[0].dfgn.gate is None
+    started, _ = load_base(TrainConfig(base=old), gated, dict(names=[meta["vae"]]), None)
+    net = RDTF(replace(gated, text=load_rdtf(base)[0].config.text))
+    assert set(load_fitting(net, started, old, False)) == {"dfgn.gate.weight", "dfgn.gate.bias"}
+    assert not net.dfgn.gate.weight.any() and not net.dfgn.gate.bias.any()
+    with pytest.raises(UserError, match="trained with gate True, the preset has False"):
+        load_base(TrainConfig(base=base), plain, dict(names=[meta["vae"]]), None)
 
 
 def test_what_does_not_fit_starts_anew(tiny_dfgn, capsys):

@@ -91,8 +91,9 @@ def grow_dfgn(weights, own):
         return range(n)
 
     grown = dict(weights)
+    meet_latents = ("dfgn.stem.", "dfgn.conv_out.", "dfgn.gate.")
     for name, w in weights.items():
-        if name in own and own[name].shape != w.shape and name.startswith(("dfgn.stem.", "dfgn.conv_out.")):
+        if name in own and own[name].shape != w.shape and name.startswith(meet_latents):
             grown[name] = new = own[name].clone()
             new[:len(w)] = 0
             if w.dim() == 1:

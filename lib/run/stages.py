@@ -134,7 +134,8 @@ def load_base(c, config, vae, tower):
         raise UserError(f"--base {c.base}: trained with another VAE or text tower than --vae or --clip-weights")
     for part in ("dfgn", "diffusion", *(["text"] if same else [])):
         check_equal(f"--base {c.base}", getattr(theirs, part), getattr(config, part),
-                    free=("channels", "known_width", "vocab", "concepts", "given", *(() if same else ("text_width",))))
+                    free=("channels", "known_width", "vocab", "concepts", "given", *(("gate",) * config.dfgn.gate),
+                          *(() if same else ("text_width",))))
     if not same:
         weights = {k: w for k, w in weights.items() if not any(part in k for part in READS_TEXT)}
     return weights, meta["vae"] == vae.get("grown_from")
