@@ -59,7 +59,7 @@ runs/demo/report.html: runs/demo/eval.md
 # Tables 1 and 2, half of the widths, on the concepts of four groups of emoji; then it2v of another domain, drawn shapes,
 # from the same bases (Tables 9 and 10). About three hours of two cores.
 CLAIM = $(PY) tools/claim.py --jobs 2 --vae checkpoints/mini-vae.safetensors --base-batch 8 --base-steps 1000 \
-	--set dfgn.widths=48,96 dfgn.gate=false --base-set dfgn.widths=64,112
+	--set dfgn.widths=48,96 --base-set dfgn.widths=64,112
 claim: data/fluent/meta.json data/source/meta.json data/shapes/meta.json
 	$(CLAIM) --groups smileys-emotion animals-nature travel-places food-drink --n 64 --steps 250
 	$(CLAIM) --data data/shapes --bases runs/claim --out runs/claim-shapes --tables 1 --n 64 --steps 100 \
@@ -68,7 +68,7 @@ claim: data/fluent/meta.json data/source/meta.json data/shapes/meta.json
 
 # Tables 3 and 4, on training stickers of few frames: 5 arms and 3-D convolutions, half of the widths; 1.8 hours.
 ablations: data/long-tail/meta.json
-	$(PY) tools/ablations.py --set dfgn.widths=48,96 dfgn.gate=false --steps 2000 --trial-steps 400 --jobs 2
+	$(PY) tools/ablations.py --set dfgn.widths=48,96 --steps 2000 --trial-steps 400 --jobs 2
 
 data/long-tail/meta.json: data/fluent/meta.json
 	$(PY) data.py long-tail data/fluent

@@ -563,8 +563,8 @@ PRESETS = {
         text=TextConfig(kind="small", width=16, layers=1),
         dfgn=DFGNConfig(channels=16, widths=(16, 32), head_dim=8, text_width=16, groups=4, sti_head_dim=8, gate=True),
         sampling=TABLE6),
-    "mini": Config(dfgn=DFGNConfig(gate=True)),  # 2 CPU cores, 64 px
-    "mini-128": Config(  # 128 px; grows from mini, see lib/nets/grow.py
+    "mini": Config(),  # 2 CPU cores, 64 px
+    "mini-128": Config(  # 128 px; grows from mini, see lib/nets/grow.py, and has a gate
         name="mini-128", vae=VAEConfig(size=128, patch=8, latent_channels=96),
         dfgn=DFGNConfig(channels=96, known_width=192, gate=True)),
     "paper": Config(  # Table 6: 0.960 B parameters, 256 px, the VAE of Stable Diffusion
